@@ -1,0 +1,47 @@
+# The commands that people and CI share. Each makes .venv ready first, so a fresh clone needs only
+# Python 3.11, pip and git.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN := .venv/bin
+READY := .venv/.ready
+ARGS ?=
+
+.PHONY: help demo test lint format clean
+
+help:
+	@echo "make demo     a real model with dense and with Loki attention, side by side"
+	@echo "make test     the test suite"
+	@echo "make lint     style, types and the import law"
+	@echo "make format   rewrite the sources in house style"
+	@echo "make clean    remove caches and produced files; .venv stays"
+	@echo 'More arguments go into ARGS, as in: make test ARGS="-k cache"'
+
+demo: $(READY)
+	$(BIN)/loki-attn demo $(ARGS)
+
+# One thread per test process: two workers with a thread pool each would fight over the cores.
+test: export OMP_NUM_THREADS = 1
+test: $(READY)
+	$(BIN)/python -m pytest -n 2 $(ARGS)
+
+lint: $(READY)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(READY)
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+clean:
+	rm -rf build dist demo .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	find src tests tools -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Rebuilt whenever the dependencies change.
+$(READY): pyproject.toml constraints.txt
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@echo "Installing loki-attn and its tools into .venv; the first time takes a few minutes."
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check \
+		--constraint constraints.txt --editable '.[all,dev]'
+	@touch $@

@@ -1,0 +1,1 @@
+"""One door per framework; each imports its framework and nothing else does."""

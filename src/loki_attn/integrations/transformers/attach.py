@@ -1,0 +1,285 @@
+"""attach: put a policy on a model; everything the model did before still works, more cheaply."""
+
+import secrets
+from types import TracebackType
+from typing import Any, Final, Self
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+from transformers import AttentionInterface, AttentionMaskInterface, Cache, PreTrainedModel
+from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.masking_utils import sdpa_mask
+
+from loki_attn.attention import LayerPolicy, bind
+from loki_attn.basis import Basis
+from loki_attn.cache import RowFormat
+from loki_attn.errors import CacheError, InputError, LokiAttnError, PolicyError
+from loki_attn.integrations.transformers.function import (
+    STATE,
+    LayerState,
+    Observer,
+    Shared,
+    Traffic,
+    loki_attention,
+)
+from loki_attn.integrations.transformers.layers import LokiLayer
+from loki_attn.integrations.transformers.probe import (
+    check_servable,
+    probe_layers,
+    short_logits,
+    verify,
+)
+from loki_attn.policy import Policy, as_policy
+from loki_attn.types import LayerShape, Mode
+
+IMPLEMENTATION: Final = "loki_attn"
+_CACHE_ARGUMENTS: Final = ("past_key_values", "layer_past", "past_key_value")
+
+
+def attach(
+    model: PreTrainedModel,
+    policy: Policy | str = "loki",
+    *,
+    basis: Basis | str | None = None,
+    mode: Mode = "decode",
+    reserve_tokens: int = 0,
+    verify_first: bool = True,
+    **overrides: Any,
+) -> "Attachment":
+    """Make a model attend by a policy until the returned attachment is detached.
+
+    Plain `model.generate(...)` and `model(...)` work as before; the caches that they make become
+    Loki caches. Use it as a context manager, or keep the handle and call `detach()`.
+
+    Args:
+        model: A causal language model of transformers 5.
+        policy: A `Policy`, the name of a preset, or the path of a policy's JSON file.
+        basis: For methods that need one: a `Basis` or the path of its file.
+        mode: "decode" selects on single-token steps and leaves prefill dense; "every_query"
+            lets every query row select for itself (evaluation).
+        reserve_tokens: Rows that a new cache allocates at once.
+        verify_first: Compare the attached model at full budget with the stock one on a few
+            tokens, and refuse on a mismatch.
+        overrides: Fields of a preset to replace, for instance `top_k=1024` or `rank=32`.
+
+    Returns:
+        The attachment.
+
+    Raises:
+        UnsupportedModelError: If the model cannot be served correctly; the text names the reason.
+        LokiAttnError: If the model is attached already, or policy, basis and model do not fit.
+    """
+    chosen = as_policy(policy, **overrides)
+    loaded = Basis.load(basis) if isinstance(basis, str) else basis
+    return Attachment(model, chosen, loaded, mode, reserve_tokens, verify_first=verify_first)
+
+
+class Attachment:
+    """A policy on a model. `traffic` counts what was read; `detach` restores the model."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        policy: Policy,
+        basis: Basis | None,
+        mode: Mode,
+        reserve_tokens: int,
+        *,
+        verify_first: bool,
+    ) -> None:
+        """Probe, bind, verify; on any failure the model is as before."""
+        check_servable(model)
+        self.model = model
+        self.policy = policy
+        self.basis = basis
+        self._owner = secrets.token_hex(8)
+        self._reserve_tokens = reserve_tokens
+        self._shared = Shared(mode=_checked_mode(mode))
+        self._hooks: list[RemovableHandle] = []
+        self._states: dict[int, LayerState] = {}
+        self._modules: list[nn.Module] = []
+        stock = short_logits(model) if verify_first else None
+        self._previous = model.config._attn_implementation
+        _register()
+        try:
+            self._install()
+            self.shapes = probe_layers(model, list(self._states.values()))
+            self.use(policy, basis)
+            if stock is not None:
+                verify(model, self._shared, stock)
+        except BaseException:
+            self.detach()
+            raise
+        self.traffic.reset()
+
+    @property
+    def traffic(self) -> Traffic:
+        """What attention read since the last `traffic.reset()`."""
+        return self._shared.traffic
+
+    @property
+    def mode(self) -> Mode:
+        """When selection acts."""
+        return self._shared.mode
+
+    @property
+    def attached(self) -> bool:
+        """Whether the model still attends by this attachment's policy."""
+        return bool(self._hooks)
+
+    def use(
+        self, policy: Policy | str, basis: Basis | None = None, mode: Mode | None = None
+    ) -> None:
+        """Change the policy, its basis or the mode. Caches of unrotated rows follow by themselves.
+
+        Args:
+            policy: The new policy.
+            basis: Its basis; None keeps the one in use.
+            mode: None keeps the one in use.
+        """
+        chosen, used = as_policy(policy), basis or self.basis
+        wanted = self._shared.mode if mode is None else _checked_mode(mode)
+        if used is not None and chosen.select.needs_basis:
+            self._check_basis(used)
+        num_layers = self.model.config.get_text_config().num_hidden_layers
+        bound = {
+            index: bind(chosen, shape, num_layers, used if chosen.select.needs_basis else None)
+            for index, shape in self.shapes.items()
+        }
+        for index, state in self._states.items():
+            state.policy = bound.get(index)
+        self.policy, self.basis, self._shared.mode = chosen, used, wanted
+
+    def observe(self, observer: Observer | None) -> None:
+        """Call `observer` with what each full-attention layer sees in every forward; None ends."""
+        self._shared.observer = observer
+
+    def cache(self, reserve_tokens: int | None = None) -> Cache:
+        """Return an empty cache for `past_key_values=`, of one conversation or batch."""
+        made = DynamicCache(config=self.model.config)
+        reserve = self._reserve_tokens if reserve_tokens is None else reserve_tokens
+        for index in self.shapes:
+            if index < len(made.layers) and type(made.layers[index]) is DynamicLayer:
+                made.layers[index] = self._new_layer(index, reserve)
+        return made
+
+    def detach(self) -> None:
+        """Restore the model exactly; caches of this attachment refuse further updates."""
+        for hook in self._hooks:
+            hook.remove()
+        for module in self._modules:
+            if hasattr(module, STATE):
+                delattr(module, STATE)
+        if self.model.config._attn_implementation == IMPLEMENTATION:
+            self.model.set_attn_implementation(self._previous)
+        self._hooks, self._modules, self._states = [], [], {}
+
+    def __enter__(self) -> Self:
+        """Return the attachment."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Detach."""
+        self.detach()
+
+    def _install(self) -> None:
+        self.model.set_attn_implementation(IMPLEMENTATION)
+        for module in self.model.modules():
+            index = getattr(module, "layer_idx", None)
+            if not isinstance(index, int) or "attention" not in type(module).__name__.lower():
+                continue
+            state = self._states.setdefault(index, LayerState(index, self._shared))
+            setattr(module, STATE, state)
+            self._modules.append(module)
+            self._hooks.append(module.register_forward_pre_hook(self._before, with_kwargs=True))
+
+    def _before(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        """Hand the layer's rows of this forward's cache to the attention function."""
+        state: LayerState = getattr(module, STATE)
+        given = [kwargs.get(name) for name in _CACHE_ARGUMENTS] + list(args)
+        cache = next((c for c in given if isinstance(c, Cache)), None)
+        state.layer = None if cache is None else self._adopt(cache, state)
+        state.rotary = kwargs.get("position_embeddings")
+
+    def _adopt(self, cache: Cache, state: LayerState) -> LokiLayer | None:
+        """Return the cache's layer as ours, made from a stock one where needed, and arm it."""
+        index, layers = state.index, cache.layers
+        probing = state.policy is None and not state.seen
+        if state.policy is None and not probing:
+            return None
+        while len(layers) <= index and getattr(cache, "layer_class_to_replicate", None):
+            layers.append(cache.layer_class_to_replicate())
+        if index >= len(layers):
+            return None
+        layer = layers[index]
+        if isinstance(layer, LokiLayer):
+            self._check_owner(layer)
+        elif type(layer) is DynamicLayer:
+            layer = layers[index] = self._from_stock(layer, index)
+        elif probing:
+            return None
+        else:
+            raise CacheError(
+                f"Layer {index} of this cache is a {type(layer).__name__}; a sparse layer needs "
+                "the default dynamic cache: drop cache_implementation, or pass "
+                "past_key_values=attachment.cache()."
+            )
+        row_format: RowFormat = state.policy.selector if state.policy else RowFormat()
+        if state.policy and layer.rows.row_format is not row_format:
+            layer.convert(row_format)
+        layer.armed = True
+        return layer
+
+    def _from_stock(self, stock: DynamicLayer, index: int) -> LokiLayer:
+        layer = self._new_layer(index, self._reserve_tokens)
+        if stock.get_seq_length() > 0:
+            layer.armed = True
+            layer.update(stock.keys, stock.values)
+        return layer
+
+    def _new_layer(self, index: int, reserve_tokens: int) -> LokiLayer:
+        policy = self._states[index].policy
+        row_format = policy.selector if policy else RowFormat()
+        return LokiLayer(row_format, self._owner, reserve_tokens)
+
+    def _check_owner(self, layer: LokiLayer) -> None:
+        if layer.owner != self._owner:
+            raise CacheError(
+                "This cache was made by another attachment, for another model or policy; start a "
+                "new one with past_key_values=attachment.cache()."
+            )
+
+    def _check_basis(self, basis: Basis) -> None:
+        text = self.model.config.get_text_config()
+        first: LayerShape = next(iter(self.shapes.values()))
+        basis.check_model(
+            layers=tuple(self.shapes),
+            num_kv_heads=first.num_kv_heads,
+            head_dim=first.head_dim,
+            model={"name": getattr(self.model.config, "_name_or_path", ""), "config": text},
+        )
+
+
+def bound_layers(attachment: Attachment) -> dict[int, LayerPolicy]:
+    """The bound policies of an attachment's full-attention layers, by layer index."""
+    return {i: s.policy for i, s in attachment._states.items() if s.policy is not None}
+
+
+def _checked_mode(mode: Mode) -> Mode:
+    if mode not in ("decode", "every_query"):
+        raise InputError(f"mode must be 'decode' or 'every_query', got {mode!r}.")
+    return mode
+
+
+def _register() -> None:
+    """Make the attention function and its masks known; other names are untouched."""
+    AttentionInterface.register(IMPLEMENTATION, loki_attention)
+    AttentionMaskInterface.register(IMPLEMENTATION, sdpa_mask)

@@ -1,0 +1,77 @@
+"""Which implementation of the ops runs, and why. An explicit choice never falls back."""
+
+import importlib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Final, final
+
+from loki_attn.errors import LokiAttnError, unknown_name
+
+ENVIRONMENT_VARIABLE: Final = "LOKI_ATTN_BACKEND"
+_NOT_BACKENDS: Final = {"__init__", "backends"}
+_PREFERENCE: Final = ("native", "reference")
+
+
+@final
+@dataclass(frozen=True)
+class Accepted:
+    """The backend can run here."""
+
+    name: str
+    module: ModuleType
+
+
+@final
+@dataclass(frozen=True)
+class Rejected:
+    """The backend cannot run here, with the reason in the user's words."""
+
+    name: str
+    reason: str
+
+
+def names() -> tuple[str, ...]:
+    """Backends that this installation has, found by file name."""
+    files = Path(__file__).parent.glob("*.py")
+    return tuple(sorted(f.stem for f in files if f.stem not in _NOT_BACKENDS))
+
+
+def probe(name: str) -> Accepted | Rejected:
+    """Say whether a backend can run here.
+
+    Raises:
+        UnknownNameError: If no backend has this name.
+    """
+    if name not in names():
+        raise unknown_name("backend", name, names())
+    try:
+        module = importlib.import_module(f"loki_attn.kernels.{name}")
+    except (ImportError, OSError) as error:
+        return Rejected(name, f"cannot be loaded: {error}")
+    reason = getattr(module, "why_not", lambda: None)()
+    return Rejected(name, reason) if reason else Accepted(name, module)
+
+
+def resolve(name: str | None = None) -> Accepted:
+    """Return the backend to use: the named one, the environment's, or the best that runs.
+
+    Args:
+        name: A backend's name, or None for the environment variable `LOKI_ATTN_BACKEND` and,
+            without it, the first that runs here.
+
+    Raises:
+        UnknownNameError: If the name is not known.
+        LokiAttnError: If the named backend cannot run here; it never falls back.
+    """
+    asked = name or os.environ.get(ENVIRONMENT_VARIABLE)
+    if asked:
+        answer = probe(asked)
+        if isinstance(answer, Rejected):
+            raise LokiAttnError(f"Backend {asked!r} was asked for but {answer.reason}.")
+        return answer
+    for candidate in _PREFERENCE:
+        if candidate in names() and isinstance(found := probe(candidate), Accepted):
+            return found
+    raise LokiAttnError("No backend runs here, not even the reference: reinstall loki-attn.")

@@ -1,0 +1,314 @@
+"""The oracle of every op, in plain torch. It exists once and no fast path imports it.
+
+Bytes read are stated per KV head of one decode step over T rows; b is the element size.
+"""
+
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from loki_attn.types import AttentionCall, AttentionOutput, GroupReduce, Selection
+
+NEG_INF = float("-inf")
+
+
+def score(
+    query: Tensor, plane: Tensor, scales: Tensor | None, call: AttentionCall
+) -> Tensor:
+    """Logits of every row from its leading coordinates (arXiv 2406.02542, algorithm 1).
+
+    Reads T * r plane elements and T scales.
+
+    Args:
+        query: [batch, heads, q_len, r], the leading coordinates of the mapped query.
+        plane: [batch, kv_heads, T, r], float, or int8 codes.
+        scales: None, or float [batch, kv_heads, T]: factor of each row's codes.
+        call: Scaling and soft-cap of the logits.
+
+    Returns:
+        float32 [batch, heads, q_len, T]: scaled (and capped) logits.
+    """
+    logits = _grouped_matmul(query, plane)
+    if scales is not None:
+        group = query.shape[1] // plane.shape[1]
+        logits = logits * scales.to(logits.dtype).repeat_interleave(group, 1)[:, :, None]
+    return _cap(logits * call.scaling, call.softcap)
+
+
+def reduce_group(
+    logits: Tensor, num_kv_heads: int, how: GroupReduce, visible: Tensor | None, call: AttentionCall
+) -> Tensor:
+    """Let the query heads of a group agree on one score per row.
+
+    Args:
+        logits: float32 [batch, heads, q_len, T].
+        num_kv_heads: KV heads that the heads share.
+        how: "softmax_sum" adds the heads' soft-max weights, "max" takes the largest logit,
+            "none" leaves every query head alone.
+        visible: None, or bool broadcastable to [batch, 1, q_len, T]: rows a query may see.
+        call: Its sink logits join the soft-max denominator.
+
+    Returns:
+        float32 [batch, kv_heads (heads for "none"), q_len, T].
+    """
+    batch, heads, q_len, seq = logits.shape
+    if how == "none" or heads == num_kv_heads:
+        return logits
+    if how == "softmax_sum":
+        logits = estimated_weights(logits, visible, call)
+    grouped = logits.view(batch, num_kv_heads, heads // num_kv_heads, q_len, seq)
+    return grouped.sum(2) if how == "softmax_sum" else grouped.amax(2)
+
+
+def estimated_weights(logits: Tensor, visible: Tensor | None, call: AttentionCall) -> Tensor:
+    """Soft-max weights of the visible rows; invisible rows get 0, unseeing queries all 0."""
+    if visible is not None:
+        logits = logits.masked_fill(~visible, NEG_INF)
+    lse = _log_sum_exp(logits, call.sink_logits)
+    return torch.exp(logits - lse.masked_fill(lse == NEG_INF, 0.0)[..., None])
+
+
+def protect(visible: Tensor, sinks: int, recents: int) -> Tensor:
+    """Mark the first `sinks` and the last `recents` visible rows of every query.
+
+    Args:
+        visible: bool [..., q_len, T].
+        sinks: How many of the first visible rows.
+        recents: How many of the last visible rows.
+
+    Returns:
+        bool of the same shape.
+    """
+    rank = visible.cumsum(-1)
+    return visible & ((rank <= sinks) | (rank > rank[..., -1:] - recents))
+
+
+def choose_mask(scores: Tensor, counts: Tensor, visible: Tensor, forced: Tensor) -> Tensor:
+    """Mark the `counts` best rows of each query; ties go to the lower row.
+
+    Args:
+        scores: float32 [batch, rows, q_len, T]; NaN ranks last among the visible.
+        counts: int64 broadcastable to [batch, rows, q_len], at most the visible rows.
+        visible: bool broadcastable to `scores`.
+        forced: bool broadcastable to `scores`: rows marked first.
+
+    Returns:
+        bool [batch, rows, q_len, T] with exactly `counts` marks per query.
+    """
+    lowest = torch.finfo(scores.dtype).min
+    ranked = torch.nan_to_num(scores, nan=lowest, posinf=-lowest, neginf=lowest)
+    ranked = ranked.masked_fill(forced, float("inf")).masked_fill(~visible, NEG_INF)
+    counts = counts.expand(scores.shape[:-1])
+    most = int(counts.max())
+    if most == 0:
+        return torch.zeros_like(ranked, dtype=torch.bool)
+    best = torch.topk(ranked, most, dim=-1).values
+    last = best.gather(-1, (counts - 1).clamp(min=0)[..., None])
+    above = ranked > last
+    tied = ranked == last
+    missing = counts - above.sum(-1)
+    if bool((tied.sum(-1) != missing).any()):
+        tied &= tied.cumsum(-1) <= missing[..., None]
+    return above | tied
+
+
+def mass_counts(weights: Tensor, forced: Tensor, mass: float) -> Tensor:
+    """Size of the smallest set, forced rows first, whose estimated mass reaches `mass`.
+
+    Args:
+        weights: float32 [batch, rows, q_len, T], each row's share; rows need not sum to 1.
+        forced: bool broadcastable to `weights`.
+        mass: Share of each query's total to reach, in (0, 1].
+
+    Returns:
+        int64 [batch, rows, q_len].
+    """
+    share = weights / weights.sum(-1, keepdim=True).clamp(min=torch.finfo(weights.dtype).tiny)
+    order = share.masked_fill(forced, float("inf")).argsort(-1, descending=True, stable=True)
+    reached = share.gather(-1, order).double().cumsum(-1)
+    goal = mass * (1 - 1e-9)
+    return (reached < goal).sum(-1).clamp(max=weights.shape[-1] - 1) + 1
+
+
+def choose(scores: Tensor, counts: Tensor, visible: Tensor, forced: Tensor) -> Selection:
+    """The rows that `choose_mask` marks, as ascending indices, for one query per head."""
+    mask = choose_mask(scores, counts, visible, forced)[:, :, 0]
+    counted = mask.sum(-1)
+    most = max(int(counted.max()), 1)
+    slot = mask.cumsum(-1) - 1
+    indices = counted.new_full((*mask.shape[:2], most + 1), -1)
+    rows = torch.arange(mask.shape[-1], device=mask.device).expand_as(mask)
+    indices.scatter_(2, slot.masked_fill(~mask, most), rows)
+    return Selection(indices[..., :most].contiguous(), counted)
+
+
+def attend(
+    query: Tensor, keys: Tensor, values: Tensor, selection: Selection, call: AttentionCall
+) -> AttentionOutput:
+    """Exact attention of one query token to the selected rows.
+
+    Reads k * (head_dim + value_dim) elements for a shared selection, up to group times that for
+    one selection per query head.
+
+    Args:
+        query: [batch, heads, 1, head_dim].
+        keys: [batch, kv_heads, T, head_dim].
+        values: [batch, kv_heads, T, value_dim].
+        selection: One index row per KV head, or one per query head.
+        call: Scaling, soft-cap, sink logits.
+
+    Returns:
+        The output in the query's dtype and the log-sum-exp of the rows that were read.
+    """
+    if query.shape[2] != 1:
+        raise ValueError(f"attend takes one query token, got {query.shape[2]}.")
+    chosen = selection.indices.clamp(min=0)
+    used = (selection.indices >= 0)[:, :, None]
+    return _attend(query, _gather_rows(keys, chosen), _gather_rows(values, chosen), used, call)
+
+
+def attend_masked(
+    query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, call: AttentionCall
+) -> AttentionOutput:
+    """Exact attention of any number of queries to the rows that a mask marks.
+
+    Reads all T rows; it defines what is computed, not how fast.
+
+    Args:
+        query: [batch, heads, q_len, head_dim].
+        keys: [batch, kv_heads, T, head_dim].
+        values: [batch, kv_heads, T, value_dim].
+        mask: None for all, or bool [batch or 1, kv_heads or heads or 1, q_len, T].
+        call: Scaling, soft-cap, sink logits.
+    """
+    return _attend(query, keys, values, mask, call)
+
+
+def dense(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    visible: Tensor | None,
+    call: AttentionCall,
+    *,
+    causal: bool,
+) -> Tensor:
+    """Dense attention through torch's fused kernel where it can express the call.
+
+    Reads T * (head_dim + value_dim) elements.
+
+    Args:
+        query: [batch, heads, q_len, head_dim].
+        keys: [batch, kv_heads, T, head_dim].
+        values: [batch, kv_heads, T, value_dim].
+        visible: None, or bool broadcastable to [batch, heads, q_len, T].
+        call: Scaling, soft-cap, sink logits.
+        causal: With `visible` None: the queries are the last q_len rows and see no later row.
+
+    Returns:
+        [batch, heads, q_len, value_dim] in the query's dtype.
+    """
+    q_len, seq = query.shape[2], keys.shape[2]
+    if visible is None and causal and 1 < q_len != seq:
+        visible = causal_mask(q_len, seq, query.device)
+    if call.softcap is not None or call.sink_logits is not None:
+        if visible is None and causal and q_len > 1:
+            visible = causal_mask(q_len, seq, query.device)
+        return attend_masked(query, keys, values, visible, call).output
+    if q_len == 1:
+        return _dense_step(query, keys, values, visible, call)
+    out = functional.scaled_dot_product_attention(
+        query,
+        keys,
+        values,
+        attn_mask=visible,
+        is_causal=visible is None and causal,
+        scale=call.scaling,
+        enable_gqa=query.shape[1] != keys.shape[1],
+    )
+    if visible is None:
+        return out
+    blind = ~visible.any(-1, keepdim=True)
+    return out.masked_fill(blind, 0.0)
+
+
+def causal_mask(q_len: int, seq: int, device: torch.device) -> Tensor:
+    """Bool [1, 1, q_len, seq]: query i is row seq - q_len + i and sees itself and what is before."""
+    last = torch.arange(seq - q_len, seq, device=device)[:, None]
+    return (torch.arange(seq, device=device)[None] <= last)[None, None]
+
+
+def _dense_step(
+    query: Tensor, keys: Tensor, values: Tensor, visible: Tensor | None, call: AttentionCall
+) -> Tensor:
+    """One query token: the group's heads become query rows, so that a row is read once."""
+    batch, heads, _, dim = query.shape
+    kv_heads = keys.shape[1]
+    grouped = query.reshape(batch, kv_heads, heads // kv_heads, dim)
+    out = functional.scaled_dot_product_attention(
+        grouped, keys, values, attn_mask=visible, scale=call.scaling
+    )
+    if visible is not None:
+        out = out.masked_fill(~visible.any(-1, keepdim=True), 0.0)
+    return out.reshape(batch, heads, 1, values.shape[3])
+
+
+def _attend(
+    query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, call: AttentionCall
+) -> AttentionOutput:
+    """Soft-max attention in float32 (float64 stays); keys may have kv_heads or heads heads."""
+    logits = _cap(_grouped_matmul(query, keys) * call.scaling, call.softcap)
+    if mask is not None:
+        group = query.shape[1] // mask.shape[1]
+        if mask.shape[1] not in (1, query.shape[1]):
+            mask = mask.repeat_interleave(group, 1)
+        logits = logits.masked_fill(~mask, NEG_INF)
+    lse = _log_sum_exp(logits, call.sink_logits)
+    weights = torch.exp(logits - lse.masked_fill(lse == NEG_INF, 0.0)[..., None])
+    if mask is not None:
+        values = _blank_unread(values, mask)
+    batch, heads, q_len, seq = weights.shape
+    rows = weights.reshape(batch, values.shape[1], -1, seq)
+    out = (rows @ values.to(rows.dtype)).reshape(batch, heads, q_len, values.shape[3])
+    return AttentionOutput(out.to(query.dtype), lse)
+
+
+def _blank_unread(values: Tensor, mask: Tensor) -> Tensor:
+    """Zero value rows that no query reads: 0 * NaN of a stale row would be NaN."""
+    if torch.isfinite(values).all():
+        return values
+    read = mask.any(2)
+    if read.shape[1] not in (1, values.shape[1]):
+        read = read.view(read.shape[0], values.shape[1], -1, read.shape[-1]).any(2)
+    return values.masked_fill(~read[..., None], 0.0)
+
+
+def _grouped_matmul(query: Tensor, keys: Tensor) -> Tensor:
+    """q.k for query heads on shared KV heads -> float32 or wider [batch, heads, q_len, T]."""
+    batch, heads, q_len, dim = query.shape
+    wide = torch.promote_types(query.dtype, torch.float32)
+    rows = query.to(wide).reshape(batch, keys.shape[1], -1, dim)
+    return (rows @ keys.to(wide).transpose(2, 3)).reshape(batch, heads, q_len, keys.shape[2])
+
+
+def _cap(logits: Tensor, softcap: float | None) -> Tensor:
+    return logits if softcap is None else torch.tanh(logits / softcap) * softcap
+
+
+def _log_sum_exp(logits: Tensor, sink_logits: Tensor | None) -> Tensor:
+    lse = torch.logsumexp(logits, -1)
+    if sink_logits is None:
+        return lse
+    return torch.logaddexp(lse, sink_logits.to(lse)[None, :, None].expand_as(lse))
+
+
+def _gather_rows(rows: Tensor, indices: Tensor) -> Tensor:
+    """Rows [batch, kv_heads, T, dim] at indices [batch, kv_heads or heads, k], row by row."""
+    batch, heads, picked = indices.shape
+    group = heads // rows.shape[1]
+    out = rows.new_empty(batch, heads, picked, rows.shape[3])
+    for b in range(batch):
+        for h in range(heads):
+            torch.index_select(rows[b, h // group], 0, indices[b, h], out=out[b, h])
+    return out

@@ -1,0 +1,40 @@
+"""The ground every test stands on: no hub, one thread, fixed examples in CI, poison on demand."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub
+
+import hypothesis
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+hypothesis.settings.register_profile("default", max_examples=20, deadline=None)
+hypothesis.settings.register_profile("ci", max_examples=100, deadline=None, derandomize=True)
+hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "default")
+
+
+def pytest_collection_modifyitems(items):
+    """Skip the tests that need an accelerator where there is none."""
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="no accelerator here"))
+
+
+@pytest.fixture
+def poison(monkeypatch):
+    """Fill the cache's fresh storage with values that no result survives, so stale reads show."""
+    import loki_attn.cache
+
+    allocate = loki_attn.cache.allocate
+
+    def allocate_poisoned(shape, dtype, device):
+        storage = allocate(shape, dtype, device)
+        if dtype.is_floating_point:
+            return storage.fill_(float("nan"))
+        return storage.fill_(127 if dtype in (torch.int8, torch.uint8) else -1)
+
+    monkeypatch.setattr(loki_attn.cache, "allocate", allocate_poisoned)
