@@ -42,7 +42,7 @@ BREACHES = {
     "homeless": ("stray.py", "import torch", "The house has floors"),
     "methods": ("select/loki.py", "import loki_attn.select.dense", "Methods know their base"),
     "second door": ("basis.py", "import transformers", "One door to transformers"),
-    "lazy": ("calibrate.py", "def f():\n    import rich", "The terminal belongs"),
+    "lazy": ("key_stats.py", "def f():\n    import rich", "The terminal belongs"),
     "ctypes": ("kernels/reference.py", "import ctypes", "ctypes stays"),
 }
 

@@ -10,7 +10,8 @@ if TYPE_CHECKING:
     from loki_attn.basis import Basis
     from loki_attn.budget import Budget
     from loki_attn.cache import LayerCache
-    from loki_attn.calibrate import KeyStats, fit
+    from loki_attn.key_stats import KeyStats
+    from loki_attn.fitting import fit
     from loki_attn.errors import LokiAttnError
     from loki_attn.integrations.transformers import attach, calibrate
     from loki_attn.policy import Policy, preset, presets
@@ -21,14 +22,14 @@ __version__: Final = "0.1.0"
 _HOMES: Final = {
     "Basis": "loki_attn.basis",
     "Budget": "loki_attn.budget",
-    "KeyStats": "loki_attn.calibrate",
+    "KeyStats": "loki_attn.key_stats",
     "LayerCache": "loki_attn.cache",
     "LokiAttnError": "loki_attn.errors",
     "Policy": "loki_attn.policy",
     "Selection": "loki_attn.types",
     "attach": "loki_attn.integrations.transformers",
     "calibrate": "loki_attn.integrations.transformers",
-    "fit": "loki_attn.calibrate",
+    "fit": "loki_attn.fitting",
     "preset": "loki_attn.policy",
     "presets": "loki_attn.policy",
 }

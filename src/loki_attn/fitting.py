@@ -24,6 +24,7 @@ turn, which is Gram-Schmidt of the columns of the two maps in the Ck inner produ
 columns span the leading ones of both, and points 1 to 4 hold for it at every rank.
 """
 
+import hashlib
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -35,7 +36,7 @@ from torch import Tensor
 
 from loki_attn.artefact import JSON
 from loki_attn.basis import Basis, BasisKind, LayerBasis, Side
-from loki_attn.calibrate import KeyStats
+from loki_attn.key_stats import KeyStats
 from loki_attn.errors import InputError, unknown_name
 
 _KINDS: tuple[BasisKind, ...] = ("pca", "balanced", "mixed", "random", "identity")
@@ -223,7 +224,9 @@ def _clamped_eigh(moment: Tensor, regularisation: float) -> tuple[Tensor, Tensor
 
 def _random_orthogonal(size: int, seed: int, layer: int, head: int) -> Tensor:
     """Draw a uniformly random orthogonal matrix [size, size]."""
-    generator = torch.Generator().manual_seed((seed * 1_000_003 + layer) * 1_009 + head)
+    # Hashed, so that no caller's own small seed draws the same numbers.
+    digest = hashlib.sha256(f"loki-attn random basis {seed} {layer} {head}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:4], "little"))
     normal = torch.randn(size, size, generator=generator, dtype=torch.float64)
     orthogonal, triangle = torch.linalg.qr(normal)
     # Without the signs the QR of a Gaussian matrix is not uniform (Mezzadri, math-ph/0609050).

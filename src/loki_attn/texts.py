@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
-from itertools import cycle
+from itertools import accumulate, cycle
 from pathlib import Path
 from typing import final
 
@@ -134,7 +134,8 @@ def passkey(
 
 
 def _hide(key: str, paragraphs: list[str], depth: float) -> Quiz:
-    place = round(depth * len(paragraphs))
+    ends = list(accumulate(map(len, paragraphs), initial=0))
+    place = min(range(len(ends)), key=lambda i: abs(ends[i] - depth * ends[-1]))
     needle = f"The pass key is {key}. Remember it. {key} is the pass key."
     return Quiz(
         text="\n\n".join([*paragraphs[:place], needle, *paragraphs[place:]]),

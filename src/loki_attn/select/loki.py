@@ -64,7 +64,7 @@ class Loki(Select):
         if basis is None:
             raise PolicyError(
                 f"Loki needs a basis for layer {shape.index}; calibrate one with "
-                "`loki-attn calibrate` or loki_attn.calibrate(model, ...), and pass basis=."
+                "`loki-attn calibrate` or loki_attn.key_stats(model, ...), and pass basis=."
             )
         expected = (shape.num_kv_heads, shape.head_dim, shape.head_dim)
         if tuple(basis.key_map.shape) != expected:

@@ -1,6 +1,16 @@
 """The transformers door: `attach` a policy to a model and use the model as before."""
 
 from loki_attn.integrations.transformers.attach import Attachment, attach
+from loki_attn.integrations.transformers.calibration import calibrate, collect_stats
 from loki_attn.integrations.transformers.function import Observation, Traffic
+from loki_attn.integrations.transformers.language_model import TransformersLM
 
-__all__ = ["Attachment", "Observation", "Traffic", "attach"]
+__all__ = [
+    "Attachment",
+    "Observation",
+    "Traffic",
+    "TransformersLM",
+    "attach",
+    "calibrate",
+    "collect_stats",
+]

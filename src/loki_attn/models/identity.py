@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from loki_attn.errors import ModelError
-from loki_attn.models.quiet import quiet
+from loki_attn.models.noise import quiet
 
 _SAMPLE_VALUES = 64
 # The fields a basis depends on. A list of what counts is stable; a list of what does not count

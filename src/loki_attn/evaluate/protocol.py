@@ -1,0 +1,93 @@
+"""What evaluation needs of a language model, so that it knows no framework."""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, Protocol, final
+
+from torch import Tensor
+
+from loki_attn.basis import Basis
+from loki_attn.policy import Policy
+from loki_attn.types import AttentionCall, Mode
+
+
+class Observation(Protocol):
+    """What one attention layer saw in one forward."""
+
+    @property
+    def layer_index(self) -> int:
+        """The layer."""
+
+    @property
+    def query(self) -> Tensor:
+        """[batch, heads, q_len, head_dim], after RoPE."""
+
+    @property
+    def key(self) -> Tensor:
+        """[batch, kv_heads, seq, head_dim], after RoPE, heads not repeated."""
+
+    @property
+    def value(self) -> Tensor:
+        """[batch, kv_heads, seq, value_dim]."""
+
+    @property
+    def call(self) -> AttentionCall:
+        """Scaling, soft-cap, sink logits."""
+
+
+class Traffic(Protocol):
+    """What attention read since `using` began."""
+
+    sparse_calls: int
+    every_query_calls: int
+    read_bytes: int
+    dense_bytes: int
+    rows_read: int
+    rows_held: int
+
+
+class LanguageModel(Protocol):
+    """A causal language model under changing policies, dense unless `using` says otherwise."""
+
+    @property
+    def identity(self) -> Any:
+        """Id, weight hash and RoPE settings, as plain JSON."""
+
+    @property
+    def context_tokens(self) -> int:
+        """Longest context that the model was trained for, in tokens."""
+
+    @property
+    def traffic(self) -> Traffic:
+        """What attention read."""
+
+    def encode(self, text: str) -> list[int]:
+        """Tokens of a text, without special tokens."""
+
+    def using(
+        self, policy: Policy | str, basis: Basis | None = None, mode: Mode = "decode"
+    ) -> AbstractContextManager[None]:
+        """Attend by a policy inside the block."""
+
+    def observing(self, observer: Callable[[Any], None]) -> AbstractContextManager[None]:
+        """Call `observer` with an `Observation` per layer and forward inside the block."""
+
+    def prefill(self, ids: Tensor) -> Any:
+        """Read tokens int64 [1, n] into a new cache."""
+
+    def fork(self, cache: Any) -> Any:
+        """Copy a cache that was read densely."""
+
+    def extend(self, cache: Any, ids: Tensor) -> Iterator[Tensor]:
+        """Read tokens int64 [1, n]; yield float32 logits [rows, vocabulary] in blocks."""
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Contender:
+    """A policy with its basis, under a name, as it enters a comparison."""
+
+    name: str
+    policy: Policy
+    basis: Basis | None = None

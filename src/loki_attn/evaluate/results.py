@@ -1,0 +1,157 @@
+"""Rows: what was measured, how, on what. Append-only JSON lines."""
+
+import json
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+from typing import Any, final
+
+import torch
+
+from loki_attn.errors import InputError
+from loki_attn.evaluate.protocol import Contender, LanguageModel
+
+_PACKAGES = ("loki-attn", "torch", "transformers")
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One result.
+
+    Attributes:
+        task: What was measured: "perplexity", "fidelity", "passkey".
+        protocol: How, in words that leave no doubt.
+        model: The model's identity.
+        contender: The policy's label in this comparison.
+        policy: The policy as JSON.
+        basis: Kind and provenance of its basis, or None.
+        settings: Numbers that define the run: lengths, windows, seeds, corpus.
+        metrics: Numbers measured, units in their names.
+        n: How many items the metrics average over.
+        provenance: Time, commit, versions, machine.
+    """
+
+    task: str
+    protocol: str
+    model: Mapping[str, Any]
+    contender: str
+    policy: Mapping[str, Any]
+    basis: Mapping[str, Any] | None
+    settings: Mapping[str, Any]
+    metrics: Mapping[str, Any]
+    n: int
+    provenance: Mapping[str, Any] = field(default_factory=lambda: provenance())
+
+
+def make_row(
+    lm: LanguageModel,
+    contender: Contender,
+    *,
+    task: str,
+    protocol: str,
+    settings: Mapping[str, Any],
+    metrics: Mapping[str, Any],
+    n: int,
+) -> Row:
+    """Put a result together with what is known of its model, policy and basis."""
+    basis = contender.basis
+    return Row(
+        task=task,
+        protocol=protocol,
+        model=lm.identity,
+        contender=contender.name,
+        policy=json.loads(contender.policy.to_json()),
+        basis=None if basis is None else {"kind": basis.kind, **basis.provenance},
+        settings=settings,
+        metrics=metrics,
+        n=n,
+    )
+
+
+def append_rows(path: Path, rows: list[Row]) -> None:
+    """Append rows to a JSON-lines file; a line is written whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = "".join(json.dumps(asdict(row), sort_keys=True) + "\n" for row in rows)
+    with path.open("ab") as file:
+        if file.tell() and not _ends_with_newline(path):
+            file.write(b"\n")
+        file.write(text.encode())
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_rows(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a JSON-lines file; lines cut short by a crash are passed over.
+
+    Raises:
+        InputError: If there is no such file.
+    """
+    if not path.is_file():
+        raise InputError(f"There is no results file {str(path)!r}.")
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            yield json.loads(line)
+        except json.JSONDecodeError:
+            continue
+
+
+def provenance() -> dict[str, Any]:
+    """When, from which commit, with which versions, on which machine."""
+    return {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "commit": _commit(),
+        "versions": {name: _version(name) for name in _PACKAGES},
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "processor": _processor(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+@cache
+def _commit() -> str | None:
+    git = ("git", "-C", str(Path(__file__).parent))
+    try:
+        head = subprocess.run(
+            [*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        status = subprocess.run(
+            [*git, "status", "--porcelain", "--untracked-files=no"],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return f"{head}+changes" if status else head
+
+
+@cache
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+@cache
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor()
+
+
+def _ends_with_newline(path: Path) -> bool:
+    with path.open("rb") as file:
+        file.seek(-1, os.SEEK_END)
+        return file.read(1) == b"\n"

@@ -1,0 +1,120 @@
+"""TransformersLM: what `evaluate` needs of a language model, served by transformers."""
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Final, Self
+
+import torch
+from torch import Tensor
+from transformers import Cache, PreTrainedModel
+
+from loki_attn.artefact import JSON
+from loki_attn.basis import Basis
+from loki_attn.integrations.transformers.attach import Attachment, attach
+from loki_attn.integrations.transformers.function import Observer, Traffic
+from loki_attn.integrations.transformers.identity import identity
+from loki_attn.policy import Policy, as_policy
+from loki_attn.types import Mode
+
+_LOGIT_ROWS: Final = 256
+
+
+class TransformersLM:
+    """A transformers model under changing policies; dense unless `using` says otherwise.
+
+    Args:
+        model: A causal LM that `attach` can serve.
+        tokenizer: Its tokenizer.
+    """
+
+    def __init__(self, model: PreTrainedModel, tokenizer: Any) -> None:
+        """Attach the dense policy, verified against the stock model."""
+        self.model = model
+        self.tokenizer = tokenizer
+        self._attachment: Attachment = attach(model, "dense")
+
+    def __enter__(self) -> Self:
+        """Return the model."""
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        """Detach."""
+        self._attachment.detach()
+
+    @property
+    def identity(self) -> dict[str, JSON]:
+        """Id, weight hash, RoPE settings."""
+        return identity(self.model)
+
+    @property
+    def context_tokens(self) -> int:
+        """Longest context that the model was trained for, in tokens."""
+        return int(self.model.config.get_text_config().max_position_embeddings)
+
+    @property
+    def traffic(self) -> Traffic:
+        """What attention read."""
+        return self._attachment.traffic
+
+    def encode(self, text: str) -> list[int]:
+        """Tokens of a text, without special tokens."""
+        return list(self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
+
+    def decode(self, ids: list[int]) -> str:
+        """Text of tokens."""
+        return str(self.tokenizer.decode(ids))
+
+    @contextmanager
+    def using(
+        self, policy: Policy | str, basis: Basis | None = None, mode: Mode = "decode"
+    ) -> Iterator[None]:
+        """Attend by a policy inside the block, densely after it; counts traffic from zero."""
+        self._attachment.use(as_policy(policy), basis, mode)
+        self.traffic.reset()
+        try:
+            yield
+        finally:
+            self._attachment.use("dense", mode="decode")
+
+    @contextmanager
+    def observing(self, observer: Observer) -> Iterator[None]:
+        """Call `observer` with what every full-attention layer sees inside the block."""
+        self._attachment.observe(observer)
+        try:
+            yield
+        finally:
+            self._attachment.observe(None)
+
+    def prefill(self, ids: Tensor) -> Cache:
+        """Read tokens int64 [batch, n] into a new cache; logits are not computed."""
+        cache = self._attachment.cache(reserve_tokens=ids.shape[1] + 64)
+        with torch.inference_mode():
+            self.model.base_model(input_ids=ids, past_key_values=cache, use_cache=True)
+        return cache
+
+    def fork(self, cache: Cache) -> Cache:
+        """Return an independent copy of a cache that was read densely."""
+        return copy.deepcopy(cache)
+
+    def crop(self, cache: Cache, tokens: int) -> None:
+        """Forget the last `tokens` tokens of a cache."""
+        if tokens:
+            cache.crop(-tokens)
+
+    def extend(self, cache: Cache | None, ids: Tensor) -> Iterator[Tensor]:
+        """Read tokens int64 [1, n] in one forward and yield the logits after each, in blocks.
+
+        Args:
+            cache: What was read before; it grows. None for a window that stands alone.
+            ids: The tokens.
+
+        Yields:
+            float32 [rows, vocabulary], at most 256 rows at a time.
+        """
+        with torch.inference_mode():
+            logits = self.model(
+                input_ids=ids, past_key_values=cache, use_cache=cache is not None
+            ).logits[0]
+        for rows in logits.split(_LOGIT_ROWS):
+            yield rows.float()
