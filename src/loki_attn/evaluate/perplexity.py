@@ -182,7 +182,7 @@ def _row(
     settings: dict[str, Any],
     tally: _Tally,
 ) -> Row:
-    if tally.calls == 0 and contender.policy.select.method != "dense":
+    if tally.calls == 0 and not contender.policy.budget.reads_everything:
         raise LokiAttnError(
             f"{contender.name} never selected anything: its budget covers the whole context, so "
             "its figures would be dense's. Lower the budget or dense_below, or lengthen the text."

@@ -53,6 +53,11 @@ class TransformersLM:
         return int(self.model.config.get_text_config().max_position_embeddings)
 
     @property
+    def head_dim(self) -> int:
+        """Size of a key row of the full-attention layers, in elements."""
+        return next(iter(self._attachment.shapes.values())).head_dim
+
+    @property
     def traffic(self) -> Traffic:
         """What attention read."""
         return self._attachment.traffic
