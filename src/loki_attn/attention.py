@@ -9,7 +9,7 @@ This file is the documentation of a decode step and its end-to-end oracle; the i
 these functions.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final, final
 
 import torch
@@ -23,7 +23,8 @@ from loki_attn.policy import Policy
 from loki_attn.select.base import Selector
 from loki_attn.types import AttentionCall, GroupReduce, LayerShape, Selection
 
-_QUERY_BLOCK: Final = 256
+# Small enough that a block's logits stay in the processor's cache.
+_QUERY_BLOCK: Final = 64
 
 
 @final
@@ -54,7 +55,11 @@ def bind(policy: Policy, shape: LayerShape, num_layers: int, basis: Basis | None
 
 
 def dense(
-    query: Tensor, cache: LayerCache, layer: LayerPolicy, call: AttentionCall, visible: Tensor | None
+    query: Tensor,
+    cache: LayerCache,
+    layer: LayerPolicy,
+    call: AttentionCall,
+    visible: Tensor | None,
 ) -> Tensor:
     """Dense attention over the cache, whatever space its rows are stored in."""
     rows_query = layer.selector.query_rows(query)
@@ -89,7 +94,8 @@ def select(
         return scores, budget.counts(visible.sum(-1)), forced
     weights = scores
     if how != "softmax_sum" or logits.shape[1] == kv_heads:
-        weights = kernels.estimated_weights(scores, visible, call)
+        # Shares of the rows among themselves: sink logits, which are per query head, cancel.
+        weights = kernels.estimated_weights(scores, visible, replace(call, sink_logits=None))
     counts = kernels.mass_counts(weights.masked_fill(~visible, 0.0), forced, budget.mass)
     return scores, budget.clamp(counts, visible.sum(-1)), forced
 
@@ -148,8 +154,17 @@ def every_query(
     for start in range(0, query.shape[2], _QUERY_BLOCK):
         block = slice(start, start + _QUERY_BLOCK)
         seen = visible[:, :, block]
-        scores, counts, forced = select(query[:, :, block], cache, layer, call, seen)
+        # No row behind the last visible one matters to this block.
+        rows = cache.prefix(_last_visible(seen) + 1)
+        seen = seen[..., : rows.length]
+        scores, counts, forced = select(query[:, :, block], rows, layer, call, seen)
         mask = kernels.choose_mask(scores, counts, seen, forced)
-        part = kernels.attend_masked(rows_query[:, :, block], cache.keys, cache.values, mask, call)
+        part = kernels.attend_masked(rows_query[:, :, block], rows.keys, rows.values, mask, call)
         blocks.append(part.output)
     return torch.cat(blocks, 2)
+
+
+def _last_visible(visible: Tensor) -> int:
+    """The last row that any query sees, 0 where none sees any."""
+    seen = visible.flatten(0, 2).any(0)
+    return int(seen.nonzero().max()) if bool(seen.any()) else 0

@@ -3,12 +3,14 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, final
+from typing import Any, Final, final
 
 import torch
 from torch import Tensor
 
 from loki_attn.errors import BudgetError
+
+_ROUNDING: Final = 1e-9
 
 
 @final
@@ -27,7 +29,7 @@ class Budget:
         recents: Last visible tokens that are always read.
         min_k: Fewest rows that a query reads, where that many are visible.
         dense_layers: Layers that read everything; negative indices count from the end.
-        dense_below: Contexts of at most this many tokens are read densely.
+        dense_below: Queries that see at most this many tokens read them all.
         per_layer: One amount per layer, in the unit of the amount that is given; replaces it.
     """
 
@@ -50,25 +52,35 @@ class Budget:
         for name in ("sinks", "recents", "dense_below"):
             _require_count(name, getattr(self, name), at_least=0)
         _require_count("min_k", self.min_k, at_least=1)
+        for index in self.dense_layers:
+            if isinstance(index, bool) or not isinstance(index, int):
+                raise BudgetError(f"dense_layers takes layer indices, got {index!r}.")
         if self.cap is not None:
-            _require_count("cap", self.cap, at_least=1)
             if self.mass is None:
                 raise BudgetError("cap bounds a mass budget; give mass, or drop cap.")
+            self._check_tokens("cap", self.cap)
         if self.per_layer and not given:
             raise BudgetError("per_layer replaces top_k, fraction or mass; give one of them too.")
         for amount in (getattr(self, given[0]), *self.per_layer) if given else ():
             self._check_amount(given[0], amount)
 
     def _check_amount(self, name: str, amount: float) -> None:
-        if name != "top_k":
+        if name == "top_k":
+            self._check_tokens(name, amount)
+        else:
             _require_share(name, amount)
-            return
+
+    def _check_tokens(self, name: str, amount: float) -> None:
         _require_count(name, amount, at_least=1)
         forced = self.sinks + self.recents
         if amount < forced:
             raise BudgetError(
-                f"top_k={amount} is less than sinks + recents = {self.sinks} + {self.recents}, "
-                f"which count against it; raise top_k to at least {forced} or lower recents."
+                f"{name}={amount} is less than sinks + recents = {self.sinks} + {self.recents}, "
+                f"which count against it; raise {name} to at least {forced} or lower recents."
+            )
+        if amount < self.min_k:
+            raise BudgetError(
+                f"{name}={amount} is less than min_k={self.min_k}; raise {name} or lower min_k."
             )
 
     @property
@@ -107,7 +119,9 @@ class Budget:
         amount = self.per_layer[index]
         if self.top_k is not None:
             return replace(own, top_k=int(amount))
-        return replace(own, **{"fraction" if self.fraction is not None else "mass": amount})
+        if self.fraction is not None:
+            return replace(own, fraction=amount)
+        return replace(own, mass=amount)
 
     def counts(self, visible: Tensor) -> Tensor:
         """Rows to read for each number of visible rows, for `top_k` and `fraction`.
@@ -126,7 +140,8 @@ class Budget:
         if self.top_k is not None:
             amount = torch.full_like(visible, self.top_k)
         elif self.fraction is not None:
-            amount = torch.ceil(visible.double() * self.fraction).long()
+            # Not rounded up for a rounding error: 0.07 of 100 rows are 7.
+            amount = torch.ceil(visible.double() * self.fraction - _ROUNDING).long()
         else:
             amount = visible
         return self.clamp(amount, visible)
@@ -159,7 +174,7 @@ class Budget:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "Budget":
         """Rebuild a budget from `to_json`'s result; unknown fields were refused before."""
-        plain = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
+        plain: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
         return cls(**plain)
 
 

@@ -1,5 +1,6 @@
 """LayerCache: the rows of one attention layer, growable, with row-aligned side planes."""
 
+from copy import copy
 from typing import Final
 
 import torch
@@ -88,6 +89,18 @@ class LayerCache:
             raise CacheError(f"The cache holds no plane {name!r}; it holds {held}.")
         return self._storage[name].narrow(2, 0, self._length)
 
+    def prefix(self, length: int) -> "LayerCache":
+        """Return the first `length` rows as a cache that shares this storage; only to be read.
+
+        Raises:
+            CacheError: If `length` is negative or more than is held.
+        """
+        if not 0 <= length <= self._length:
+            raise CacheError(f"A prefix of {length} rows was asked for; {self._length} are held.")
+        view = copy(self)
+        view._length = length
+        return view
+
     def append(self, key: Tensor, value: Tensor, positions: Tensor | None = None) -> None:
         """Add rows at the end.
 
@@ -113,7 +126,7 @@ class LayerCache:
 
     def gather(self, indices: Tensor) -> tuple[Tensor, Tensor]:
         """Return the key and value rows at `indices` [batch, kv_heads, k], as copies."""
-        return tuple(_take_rows(self.plane(n), indices) for n in (KEY, VALUE))  # type: ignore[return-value]
+        return _take_rows(self.keys, indices), _take_rows(self.values, indices)
 
     def keep(self, indices: Tensor) -> None:
         """Keep only these rows, for good; planes and positions go with them.
@@ -122,8 +135,14 @@ class LayerCache:
             indices: int64 [batch, kv_heads, kept], ascending and unique in the last dimension.
 
         Raises:
-            CacheError: If indices are out of range, or not strictly ascending.
+            CacheError: If indices have other heads, are out of range, or not strictly ascending.
         """
+        held = self.plane(KEY).shape
+        if indices.ndim != 3 or indices.shape[:2] != held[:2]:
+            raise CacheError(
+                f"keep needs rows per [batch={held[0]}, kv_heads={held[1]}], got indices "
+                f"{list(indices.shape)}."
+            )
         if indices.numel() and (int(indices.min()) < 0 or int(indices.max()) >= self._length):
             raise CacheError(f"keep needs rows in 0..{self._length - 1}, got others.")
         if bool((indices[..., 1:] <= indices[..., :-1]).any()):
@@ -182,8 +201,12 @@ class LayerCache:
                 "append needs key and value [batch, kv_heads, tokens, dim] with equal first three "
                 f"sizes, got {tuple(key.shape)} and {tuple(value.shape)}."
             )
-        if positions is not None and positions.shape[-1] != key.shape[2]:
-            raise CacheError(f"{key.shape[2]} tokens came with {positions.shape[-1]} positions.")
+        fitting = {(1, key.shape[2]), (key.shape[0], key.shape[2])}
+        if positions is not None and tuple(positions.shape) not in fitting:
+            raise CacheError(
+                f"append needs positions [batch or 1, tokens] = [{key.shape[0]} or 1, "
+                f"{key.shape[2]}], got {list(positions.shape)}."
+            )
         if not self._storage:
             return
         for name, new in ((KEY, key), (VALUE, value)):

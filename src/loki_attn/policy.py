@@ -151,7 +151,11 @@ def as_policy(policy: "Policy | str", **overrides: Any) -> Policy:
     path = Path(policy)
     if not path.is_file():
         raise PolicyError(f"There is no policy file {policy!r}.")
-    return Policy.from_json(path.read_text(encoding="utf-8"))
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise PolicyError(f"The policy file {policy!r} is not UTF-8 text.") from error
+    return Policy.from_json(text)
 
 
 def methods() -> dict[str, "type[Select]"]:
@@ -163,15 +167,21 @@ def methods() -> dict[str, "type[Select]"]:
 
 def _method_in(name: str) -> "type[Select]":
     module = importlib.import_module(f"loki_attn.select.{name}")
-    return next(v for v in vars(module).values() if getattr(v, "method", None) == name)
+    found: type[Select] = next(
+        v for v in vars(module).values() if getattr(v, "method", None) == name
+    )
+    return found
 
 
 def _from_record(record: Mapping[str, Any]) -> Policy:
     _refuse_unknown("policy field", record, _field_names(Policy))
-    if "select" not in record or "method" not in record["select"]:
+    for part in ("select", "budget"):
+        if not isinstance(record.get(part, {}), Mapping):
+            raise PolicyError(f"The {part} part of a policy is an object, got {record[part]!r}.")
+    if "method" not in record.get("select", {}):
         raise PolicyError('A policy needs a select part with a method, e.g. {"method": "loki"}.')
     select, budget = dict(record["select"]), record.get("budget", {})
-    method = select.pop("method")
+    method = str(select.pop("method"))
     known = methods()
     if method not in known:
         raise unknown_name("method", method, known)

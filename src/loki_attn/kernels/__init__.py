@@ -46,9 +46,7 @@ class Ops(Protocol):
     ) -> Tensor:
         """Mark the best rows."""
 
-    def choose(
-        self, scores: Tensor, counts: Tensor, visible: Tensor, forced: Tensor
-    ) -> Selection:
+    def choose(self, scores: Tensor, counts: Tensor, visible: Tensor, forced: Tensor) -> Selection:
         """The best rows as indices."""
 
     def attend(
@@ -90,4 +88,4 @@ class Ops(Protocol):
 @cache
 def ops(backend: str | None = None) -> Ops:
     """Return the ops of a backend, by default the best that runs here."""
-    return cast(Ops, backends.resolve(backend).module)
+    return cast("Ops", backends.resolve(backend).module)

@@ -3,19 +3,17 @@
 Bytes read are stated per KV head of one decode step over T rows; b is the element size.
 """
 
-
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from loki_attn.errors import InputError
 from loki_attn.types import AttentionCall, AttentionOutput, GroupReduce, Selection
 
 NEG_INF = float("-inf")
 
 
-def score(
-    query: Tensor, plane: Tensor, scales: Tensor | None, call: AttentionCall
-) -> Tensor:
+def score(query: Tensor, plane: Tensor, scales: Tensor | None, call: AttentionCall) -> Tensor:
     """Logits of every row from its leading coordinates (arXiv 2406.02542, algorithm 1).
 
     Reads T * r plane elements and T scales.
@@ -29,11 +27,11 @@ def score(
     Returns:
         float32 [batch, heads, q_len, T]: scaled (and capped) logits.
     """
-    logits = _grouped_matmul(query, plane)
+    logits = _grouped_matmul(query, plane, call.scaling)
     if scales is not None:
-        group = query.shape[1] // plane.shape[1]
-        logits = logits * scales.to(logits.dtype).repeat_interleave(group, 1)[:, :, None]
-    return _cap(logits * call.scaling, call.softcap)
+        grouped = logits.view(*plane.shape[:2], -1, plane.shape[2])
+        grouped.mul_(scales.to(logits.dtype)[:, :, None])
+    return _cap(logits, call.softcap)
 
 
 def reduce_group(
@@ -65,8 +63,8 @@ def estimated_weights(logits: Tensor, visible: Tensor | None, call: AttentionCal
     """Soft-max weights of the visible rows; invisible rows get 0, unseeing queries all 0."""
     if visible is not None:
         logits = logits.masked_fill(~visible, NEG_INF)
-    lse = _log_sum_exp(logits, call.sink_logits)
-    return torch.exp(logits - lse.masked_fill(lse == NEG_INF, 0.0)[..., None])
+    weights, total, _ = _soft_max(logits.clone() if visible is None else logits, call.sink_logits)
+    return weights.div_(total[..., None])
 
 
 def protect(visible: Tensor, sinks: int, recents: int) -> Tensor:
@@ -97,20 +95,18 @@ def choose_mask(scores: Tensor, counts: Tensor, visible: Tensor, forced: Tensor)
         bool [batch, rows, q_len, T] with exactly `counts` marks per query.
     """
     lowest = torch.finfo(scores.dtype).min
-    ranked = torch.nan_to_num(scores, nan=lowest, posinf=-lowest, neginf=lowest)
-    ranked = ranked.masked_fill(forced, float("inf")).masked_fill(~visible, NEG_INF)
-    counts = counts.expand(scores.shape[:-1])
-    most = int(counts.max())
-    if most == 0:
+    # Forced rows above the largest finite score, invisible rows below the lowest one.
+    place = torch.where(forced, float("inf"), 0.0).masked_fill(~visible, NEG_INF)
+    ranked = torch.nan_to_num(scores, nan=lowest, posinf=-lowest, neginf=lowest) + place
+    counts = counts.expand(ranked.shape[:-1])
+    if int(counts.max()) == 0:
         return torch.zeros_like(ranked, dtype=torch.bool)
-    best = torch.topk(ranked, most, dim=-1).values
-    last = best.gather(-1, (counts - 1).clamp(min=0)[..., None])
-    above = ranked > last
-    tied = ranked == last
-    missing = counts - above.sum(-1)
-    if bool((tied.sum(-1) != missing).any()):
-        tied &= tied.cumsum(-1) <= missing[..., None]
-    return above | tied
+    last = _nth_best(ranked, counts.clamp(min=1))[..., None]
+    chosen = ranked >= last
+    surplus = chosen.sum(-1) > counts
+    if bool(surplus.any()):
+        chosen[surplus] = _break_ties(ranked[surplus], last[surplus], counts[surplus])
+    return chosen
 
 
 def mass_counts(weights: Tensor, forced: Tensor, mass: float) -> Tensor:
@@ -125,14 +121,21 @@ def mass_counts(weights: Tensor, forced: Tensor, mass: float) -> Tensor:
         int64 [batch, rows, q_len].
     """
     share = weights / weights.sum(-1, keepdim=True).clamp(min=torch.finfo(weights.dtype).tiny)
-    order = share.masked_fill(forced, float("inf")).argsort(-1, descending=True, stable=True)
-    reached = share.gather(-1, order).double().cumsum(-1)
+    order = share.masked_fill(forced, float("inf")).sort(dim=-1, descending=True, stable=True)
+    reached = share.gather(-1, order.indices).double().cumsum(-1)
     goal = mass * (1 - 1e-9)
     return (reached < goal).sum(-1).clamp(max=weights.shape[-1] - 1) + 1
 
 
 def choose(scores: Tensor, counts: Tensor, visible: Tensor, forced: Tensor) -> Selection:
-    """The rows that `choose_mask` marks, as ascending indices, for one query per head."""
+    """The rows that `choose_mask` marks, as ascending indices, for one query per head.
+
+    Args:
+        scores: float32 [batch, rows, 1, T].
+        counts: int64 broadcastable to [batch, rows, 1].
+        visible: bool broadcastable to `scores`.
+        forced: bool broadcastable to `scores`.
+    """
     mask = choose_mask(scores, counts, visible, forced)[:, :, 0]
     counted = mask.sum(-1)
     most = max(int(counted.max()), 1)
@@ -162,7 +165,9 @@ def attend(
         The output in the query's dtype and the log-sum-exp of the rows that were read.
     """
     if query.shape[2] != 1:
-        raise ValueError(f"attend takes one query token, got {query.shape[2]}.")
+        raise InputError(
+            f"attend takes one query token, got {query.shape[2]}; attend_masked takes more."
+        )
     chosen = selection.indices.clamp(min=0)
     used = (selection.indices >= 0)[:, :, None]
     return _attend(query, _gather_rows(keys, chosen), _gather_rows(values, chosen), used, call)
@@ -227,14 +232,15 @@ def dense(
         scale=call.scaling,
         enable_gqa=query.shape[1] != keys.shape[1],
     )
-    if visible is None:
+    if visible is None and not causal:
         return out
-    blind = ~visible.any(-1, keepdim=True)
-    return out.masked_fill(blind, 0.0)
+    if visible is None:
+        visible = causal_mask(q_len, seq, query.device)
+    return _without_leaks(out, query, keys, values, visible, call)
 
 
 def causal_mask(q_len: int, seq: int, device: torch.device) -> Tensor:
-    """Bool [1, 1, q_len, seq]: query i is row seq - q_len + i and sees itself and what is before."""
+    """Bool [1, 1, q_len, seq]: query i is row seq - q_len + i; it sees itself and the past."""
     last = torch.arange(seq - q_len, seq, device=device)[:, None]
     return (torch.arange(seq, device=device)[None] <= last)[None, None]
 
@@ -249,58 +255,95 @@ def _dense_step(
     out = functional.scaled_dot_product_attention(
         grouped, keys, values, attn_mask=visible, scale=call.scaling
     )
-    if visible is not None:
-        out = out.masked_fill(~visible.any(-1, keepdim=True), 0.0)
-    return out.reshape(batch, heads, 1, values.shape[3])
+    out = out.reshape(batch, heads, 1, values.shape[3])
+    return out if visible is None else _without_leaks(out, query, keys, values, visible, call)
+
+
+def _without_leaks(
+    out: Tensor, query: Tensor, keys: Tensor, values: Tensor, visible: Tensor, call: AttentionCall
+) -> Tensor:
+    """Redo what the fused kernel spoilt: it lets NaN and infinity through its mask."""
+    if bool(torch.isfinite(out).all()):
+        return out.masked_fill(~visible.any(-1, keepdim=True), 0.0)
+    return attend_masked(query, keys, values, visible, call).output
+
+
+def _nth_best(ranked: Tensor, counts: Tensor) -> Tensor:
+    """The counts-th largest of each row [..., T], without sorting more than counts differ."""
+    most, least = int(counts.max()), int(counts.min())
+    best = torch.topk(ranked, most, dim=-1, sorted=False).values
+    tail = torch.topk(best, most - least + 1, dim=-1, largest=False).values
+    return tail.gather(-1, (most - counts)[..., None])[..., 0]
+
+
+def _break_ties(ranked: Tensor, last: Tensor, counts: Tensor) -> Tensor:
+    """Mark the rows above `last`, then the lowest ones equal to it, `counts` in all."""
+    above, tied = ranked > last, ranked == last
+    missing = (counts - above.sum(-1))[..., None]
+    return above | (tied & (tied.cumsum(-1) <= missing))
 
 
 def _attend(
     query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, call: AttentionCall
 ) -> AttentionOutput:
     """Soft-max attention in float32 (float64 stays); keys may have kv_heads or heads heads."""
-    logits = _cap(_grouped_matmul(query, keys) * call.scaling, call.softcap)
+    logits = _cap(_grouped_matmul(query, keys, call.scaling), call.softcap)
     if mask is not None:
-        group = query.shape[1] // mask.shape[1]
-        if mask.shape[1] not in (1, query.shape[1]):
-            mask = mask.repeat_interleave(group, 1)
-        logits = logits.masked_fill(~mask, NEG_INF)
-    lse = _log_sum_exp(logits, call.sink_logits)
-    weights = torch.exp(logits - lse.masked_fill(lse == NEG_INF, 0.0)[..., None])
-    if mask is not None:
-        values = _blank_unread(values, mask)
-    batch, heads, q_len, seq = weights.shape
-    rows = weights.reshape(batch, values.shape[1], -1, seq)
-    out = (rows @ values.to(rows.dtype)).reshape(batch, heads, q_len, values.shape[3])
+        logits = _by_chooser(logits, mask).masked_fill_(~mask[:, :, None], NEG_INF)
+        logits = logits.view(*query.shape[:3], keys.shape[2])
+    weights, total, lse = _soft_max(logits, call.sink_logits)
+    out = _weighted_sum(weights, values, mask) / total[..., None]
     return AttentionOutput(out.to(query.dtype), lse)
 
 
-def _blank_unread(values: Tensor, mask: Tensor) -> Tensor:
-    """Zero value rows that no query reads: 0 * NaN of a stale row would be NaN."""
-    if torch.isfinite(values).all():
-        return values
-    read = mask.any(2)
-    if read.shape[1] not in (1, values.shape[1]):
-        read = read.view(read.shape[0], values.shape[1], -1, read.shape[-1]).any(2)
-    return values.masked_fill(~read[..., None], 0.0)
+def _weighted_sum(weights: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
+    """Weigh values; rows that a query does not read cannot spoil it, whatever they hold."""
+    batch, heads, q_len, seq = weights.shape
+    rows = weights.view(batch, values.shape[1], -1, seq)
+    out = (rows @ values.to(rows.dtype)).view(batch, heads, q_len, -1)
+    if mask is None or bool(torch.isfinite(out).all()):
+        return out
+    sound = torch.isfinite(values)
+    out = (rows @ values.masked_fill(~sound, 0.0).to(rows.dtype)).view_as(out)
+    spoilt = (~sound.all(-1)).repeat_interleave(heads // values.shape[1], 1)[:, :, None]
+    read = _by_chooser(spoilt.expand(-1, -1, q_len, -1), mask) & mask[:, :, None]
+    return out.masked_fill(read.any(-1).view(batch, heads, q_len, 1), float("nan"))
 
 
-def _grouped_matmul(query: Tensor, keys: Tensor) -> Tensor:
-    """q.k for query heads on shared KV heads -> float32 or wider [batch, heads, q_len, T]."""
+def _by_chooser(rows: Tensor, mask: Tensor) -> Tensor:
+    """View [batch, heads, ...] as [batch, choosers, heads / choosers, ...], as `mask` chooses."""
+    return rows.view(rows.shape[0], mask.shape[1], -1, *rows.shape[2:])
+
+
+def _grouped_matmul(query: Tensor, keys: Tensor, scaling: float) -> Tensor:
+    """Return scaling * q.k, float32 or wider [batch, heads, q_len, T]; groups share keys."""
     batch, heads, q_len, dim = query.shape
     wide = torch.promote_types(query.dtype, torch.float32)
     rows = query.to(wide).reshape(batch, keys.shape[1], -1, dim)
-    return (rows @ keys.to(wide).transpose(2, 3)).reshape(batch, heads, q_len, keys.shape[2])
+    logits = (rows @ keys.to(wide).transpose(2, 3)).view(batch, heads, q_len, keys.shape[2])
+    return logits.mul_(scaling)
 
 
 def _cap(logits: Tensor, softcap: float | None) -> Tensor:
     return logits if softcap is None else torch.tanh(logits / softcap) * softcap
 
 
-def _log_sum_exp(logits: Tensor, sink_logits: Tensor | None) -> Tensor:
-    lse = torch.logsumexp(logits, -1)
-    if sink_logits is None:
-        return lse
-    return torch.logaddexp(lse, sink_logits.to(lse)[None, :, None].expand_as(lse))
+def _soft_max(logits: Tensor, sink_logits: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Soft-max in parts, overwriting `logits`: weights = exponentials / total, log-sum-exp.
+
+    Where every logit is -inf the weights are 0, the total is 1 and the log-sum-exp is -inf.
+    """
+    peak = logits.amax(-1)
+    sinks = None if sink_logits is None else sink_logits.to(logits.dtype)[:, None]
+    if sinks is not None:
+        peak = torch.maximum(peak, sinks)
+    peak = peak.masked_fill(peak == NEG_INF, 0.0)
+    weights = logits.sub_(peak[..., None]).exp_()
+    total = weights.sum(-1)
+    if sinks is not None:
+        total = total + torch.exp(sinks - peak)
+    log_sum_exp = peak + total.log()
+    return weights, total.masked_fill(total == 0, 1.0), log_sum_exp
 
 
 def _gather_rows(rows: Tensor, indices: Tensor) -> Tensor:

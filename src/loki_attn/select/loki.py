@@ -52,8 +52,7 @@ class Loki(Select):
 
     def __post_init__(self) -> None:
         """Refuse values that no layer could serve."""
-        if self.rank is not None and (isinstance(self.rank, bool) or self.rank < 1):
-            raise PolicyError(f"rank must be a whole number of coordinates >= 1, got {self.rank}.")
+        _require_rank(self.rank)
         if self.layout not in _LAYOUTS:
             raise unknown_name("layout", self.layout, _LAYOUTS)
         if self.plane_dtype not in _PLANE_DTYPES:
@@ -64,7 +63,7 @@ class Loki(Select):
         if basis is None:
             raise PolicyError(
                 f"Loki needs a basis for layer {shape.index}; calibrate one with "
-                "`loki-attn calibrate` or loki_attn.key_stats(model, ...), and pass basis=."
+                "`loki-attn calibrate` or loki_attn.calibrate(model, ...), and pass basis=."
             )
         expected = (shape.num_kv_heads, shape.head_dim, shape.head_dim)
         if tuple(basis.key_map.shape) != expected:
@@ -93,17 +92,19 @@ class _Mapped(Selector):
         self._query_map = basis.query_map[..., :columns].contiguous()
 
     def _map_keys(self, key: Tensor) -> Tensor:
-        """[batch, kv_heads, tokens, head_dim] -> float32 coordinates."""
+        """[batch, kv_heads, tokens, head_dim] -> coordinates, float32 or wider."""
+        wide = torch.promote_types(key.dtype, torch.float32)
         self._key_map = self._key_map.to(key.device)
-        return key.to(torch.float32) @ self._key_map
+        return key.to(wide) @ self._key_map.to(wide)
 
     def _map_query(self, query: Tensor) -> Tensor:
-        """[batch, heads, q_len, head_dim] -> float32 coordinates, each head with its group's."""
+        """[batch, heads, q_len, head_dim] -> coordinates alike, each head with its group's."""
+        wide = torch.promote_types(query.dtype, torch.float32)
         self._query_map = self._query_map.to(query.device)
         batch, heads, q_len, dim = query.shape
         kv_heads = self._query_map.shape[0]
-        rows = query.to(torch.float32).reshape(batch, kv_heads, -1, dim)
-        return (rows @ self._query_map).reshape(batch, heads, q_len, -1)
+        rows = query.to(wide).reshape(batch, kv_heads, -1, dim)
+        return (rows @ self._query_map.to(wide)).reshape(batch, heads, q_len, -1)
 
 
 @final
@@ -153,6 +154,11 @@ class _RotatedSelector(_Mapped):
     def score_bytes(self, cache: LayerCache) -> int:
         """The prefix of a key row."""
         return cache.row_bytes(KEY) * self._rank // cache.keys.shape[3]
+
+
+def _require_rank(rank: object) -> None:
+    if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
+        raise PolicyError(f"rank must be a whole number of coordinates >= 1, got {rank!r}.")
 
 
 def quantise_rows(rows: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,20 +2,26 @@
 
 import secrets
 from types import TracebackType
-from typing import Any, Final, Self
+from typing import TYPE_CHECKING, Any, Final, Self
 
-import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
-from transformers import AttentionInterface, AttentionMaskInterface, Cache, PreTrainedModel
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    Cache,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.masking_utils import sdpa_mask
 
 from loki_attn.attention import LayerPolicy, bind
 from loki_attn.basis import Basis
 from loki_attn.cache import RowFormat
-from loki_attn.errors import CacheError, InputError, LokiAttnError, PolicyError
+from loki_attn.errors import CacheError, InputError, LokiAttnError
 from loki_attn.integrations.transformers.function import (
+    IMPLEMENTATION,
     STATE,
     LayerState,
     Observer,
@@ -23,6 +29,7 @@ from loki_attn.integrations.transformers.function import (
     Traffic,
     loki_attention,
 )
+from loki_attn.integrations.transformers.identity import identity
 from loki_attn.integrations.transformers.layers import LokiLayer
 from loki_attn.integrations.transformers.probe import (
     check_servable,
@@ -33,7 +40,9 @@ from loki_attn.integrations.transformers.probe import (
 from loki_attn.policy import Policy, as_policy
 from loki_attn.types import LayerShape, Mode
 
-IMPLEMENTATION: Final = "loki_attn"
+if TYPE_CHECKING:
+    from loki_attn.artefact import JSON
+
 _CACHE_ARGUMENTS: Final = ("past_key_values", "layer_past", "past_key_value")
 
 
@@ -53,7 +62,8 @@ def attach(
     Loki caches. Use it as a context manager, or keep the handle and call `detach()`.
 
     Args:
-        model: A causal language model of transformers 5.
+        model: A causal language model of transformers 5. Models that share its config object, and
+            are not attached themselves, go on attending densely.
         policy: A `Policy`, the name of a preset, or the path of a policy's JSON file.
         basis: For methods that need one: a `Basis` or the path of its file.
         mode: "decode" selects on single-token steps and leaves prefill dense; "every_query"
@@ -76,7 +86,15 @@ def attach(
 
 
 class Attachment:
-    """A policy on a model. `traffic` counts what was read; `detach` restores the model."""
+    """A policy on a model. `traffic` counts what was read; `detach` restores the model.
+
+    Attributes:
+        model: The model.
+        policy: The policy in use.
+        basis: Its basis, or None.
+        shapes: The full-attention layers, the ones that can become sparse, by layer index.
+        attached: Whether the model still attends by the policy.
+    """
 
     def __init__(
         self,
@@ -93,21 +111,25 @@ class Attachment:
         self.model = model
         self.policy = policy
         self.basis = basis
+        self.shapes: dict[int, LayerShape] = {}
         self._owner = secrets.token_hex(8)
         self._reserve_tokens = reserve_tokens
         self._shared = Shared(mode=_checked_mode(mode))
+        self._identity: dict[str, JSON] | None = None
         self._hooks: list[RemovableHandle] = []
         self._states: dict[int, LayerState] = {}
         self._modules: list[nn.Module] = []
         stock = short_logits(model) if verify_first else None
-        self._previous = model.config._attn_implementation
+        self._previous = _implementations(model)
         _register()
+        self.attached = True
         try:
             self._install()
-            self.shapes = probe_layers(model, list(self._states.values()))
+            states = list(self._states.values())
+            self.shapes = probe_layers(model, states)
             self.use(policy, basis)
             if stock is not None:
-                verify(model, self._shared, stock)
+                verify(model, self._shared, states, stock)
         except BaseException:
             self.detach()
             raise
@@ -124,25 +146,35 @@ class Attachment:
         return self._shared.mode
 
     @property
-    def attached(self) -> bool:
-        """Whether the model still attends by this attachment's policy."""
-        return bool(self._hooks)
+    def always_select(self) -> bool:
+        """Whether steps that would read everything select as well, to check the selection."""
+        return self._shared.always_select
+
+    @always_select.setter
+    def always_select(self, value: bool) -> None:
+        self._shared.always_select = value
 
     def use(
-        self, policy: Policy | str, basis: Basis | None = None, mode: Mode | None = None
+        self, policy: Policy | str, basis: Basis | str | None = None, mode: Mode | None = None
     ) -> None:
         """Change the policy, its basis or the mode. Caches of unrotated rows follow by themselves.
 
         Args:
-            policy: The new policy.
+            policy: The new policy, as in `attach`.
             basis: Its basis; None keeps the one in use.
             mode: None keeps the one in use.
+
+        Raises:
+            LokiAttnError: If policy, basis and model do not fit; the old policy stays.
         """
-        chosen, used = as_policy(policy), basis or self.basis
+        if not self.attached:
+            raise LokiAttnError("This attachment was detached; attach the model anew.")
+        chosen = as_policy(policy)
+        used = Basis.load(basis) if isinstance(basis, str) else basis or self.basis
         wanted = self._shared.mode if mode is None else _checked_mode(mode)
         if used is not None and chosen.select.needs_basis:
             self._check_basis(used)
-        num_layers = self.model.config.get_text_config().num_hidden_layers
+        num_layers = self.model.config.get_text_config(decoder=True).num_hidden_layers
         bound = {
             index: bind(chosen, shape, num_layers, used if chosen.select.needs_basis else None)
             for index, shape in self.shapes.items()
@@ -166,13 +198,16 @@ class Attachment:
 
     def detach(self) -> None:
         """Restore the model exactly; caches of this attachment refuse further updates."""
+        if not self.attached:
+            return
+        self.attached = False
         for hook in self._hooks:
             hook.remove()
         for module in self._modules:
             if hasattr(module, STATE):
                 delattr(module, STATE)
-        if self.model.config._attn_implementation == IMPLEMENTATION:
-            self.model.set_attn_implementation(self._previous)
+        for config, implementation in self._previous:
+            config._attn_implementation = implementation
         self._hooks, self._modules, self._states = [], [], {}
 
     def __enter__(self) -> Self:
@@ -189,7 +224,6 @@ class Attachment:
         self.detach()
 
     def _install(self) -> None:
-        self.model.set_attn_implementation(IMPLEMENTATION)
         for module in self.model.modules():
             index = getattr(module, "layer_idx", None)
             if not isinstance(index, int) or "attention" not in type(module).__name__.lower():
@@ -197,22 +231,40 @@ class Attachment:
             state = self._states.setdefault(index, LayerState(index, self._shared))
             setattr(module, STATE, state)
             self._modules.append(module)
-            self._hooks.append(module.register_forward_pre_hook(self._before, with_kwargs=True))
+            self._hooks += [
+                module.register_forward_pre_hook(self._before, with_kwargs=True),
+                module.register_forward_hook(self._after, always_call=True),
+            ]
+        self.model.set_attn_implementation(IMPLEMENTATION)
 
-    def _before(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> None:
+    def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Hand the layer's rows of this forward's cache to the attention function."""
         state: LayerState = getattr(module, STATE)
         given = [kwargs.get(name) for name in _CACHE_ARGUMENTS] + list(args)
         cache = next((c for c in given if isinstance(c, Cache)), None)
+        state.called = False
         state.layer = None if cache is None else self._adopt(cache, state)
         state.rotary = kwargs.get("position_embeddings")
+
+    def _after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """Let go of the forward's cache, and notice when the attention function was passed by."""
+        del args
+        state: LayerState = getattr(module, STATE)
+        if state.layer is not None:
+            state.layer.armed = False
+        state.layer = state.rotary = None
+        failed = output is None
+        if not failed and state.policy is not None and not state.called:
+            raise LokiAttnError(
+                f"Layer {state.index} attended without the attached policy, because the model's "
+                f"attention implementation was changed to {self.model.config._attn_implementation}"
+                " meanwhile; detach first, then change it."
+            )
 
     def _adopt(self, cache: Cache, state: LayerState) -> LokiLayer | None:
         """Return the cache's layer as ours, made from a stock one where needed, and arm it."""
         index, layers = state.index, cache.layers
-        probing = state.policy is None and not state.seen
+        probing = state.policy is None and state.seen is None
         if state.policy is None and not probing:
             return None
         while len(layers) <= index and getattr(cache, "layer_class_to_replicate", None):
@@ -220,6 +272,7 @@ class Attachment:
         if index >= len(layers):
             return None
         layer = layers[index]
+        state.cache_layer = type(layer).__name__
         if isinstance(layer, LokiLayer):
             self._check_owner(layer)
         elif type(layer) is DynamicLayer:
@@ -258,14 +311,15 @@ class Attachment:
             )
 
     def _check_basis(self, basis: Basis) -> None:
-        text = self.model.config.get_text_config()
-        first: LayerShape = next(iter(self.shapes.values()))
-        basis.check_model(
-            layers=tuple(self.shapes),
-            num_kv_heads=first.num_kv_heads,
-            head_dim=first.head_dim,
-            model={"name": getattr(self.model.config, "_name_or_path", ""), "config": text},
-        )
+        if self._identity is None:
+            self._identity = identity(self.model)
+        for shape in self.shapes.values():
+            basis.check_model(
+                layers=tuple(self.shapes),
+                num_kv_heads=shape.num_kv_heads,
+                head_dim=shape.head_dim,
+                model=self._identity,
+            )
 
 
 def bound_layers(attachment: Attachment) -> dict[int, LayerPolicy]:
@@ -283,3 +337,15 @@ def _register() -> None:
     """Make the attention function and its masks known; other names are untouched."""
     AttentionInterface.register(IMPLEMENTATION, loki_attention)
     AttentionMaskInterface.register(IMPLEMENTATION, sdpa_mask)
+
+
+def _implementations(model: PreTrainedModel) -> list[tuple[PreTrainedConfig, str | None]]:
+    """Every config of a model with its attention implementation, outer ones first."""
+    found: dict[int, PreTrainedConfig] = {}
+    queue = [module.config for module in model.modules() if isinstance(module, PreTrainedModel)]
+    while queue:
+        config = queue.pop(0)
+        found.setdefault(id(config), config)
+        inner = (getattr(config, name, None) for name in config.sub_configs)
+        queue += [c for c in inner if c is not None and id(c) not in found]
+    return [(config, config._attn_implementation) for config in found.values()]

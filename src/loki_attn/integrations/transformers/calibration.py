@@ -11,7 +11,6 @@ from transformers import PreTrainedModel
 
 from loki_attn.artefact import JSON
 from loki_attn.basis import Basis, BasisKind
-from loki_attn.key_stats import KeyStats
 from loki_attn.errors import InputError
 from loki_attn.fitting import fit
 from loki_attn.integrations.transformers.attach import attach
@@ -19,6 +18,7 @@ from loki_attn.integrations.transformers.function import Observation
 from loki_attn.integrations.transformers.identity import identity
 from loki_attn.integrations.transformers.probe import quiet
 from loki_attn.integrations.transformers.rotary import undo_rotary
+from loki_attn.key_stats import KeyStats
 from loki_attn.texts import digest
 
 Progress = Callable[[int, int], None]

@@ -10,12 +10,14 @@ from torch import Tensor, nn
 from loki_attn import attention
 from loki_attn.attention import LayerPolicy
 from loki_attn.cache import KEY, VALUE, LayerCache
-from loki_attn.errors import UnsupportedModelError
+from loki_attn.errors import InputError, LokiAttnError, UnsupportedModelError
 from loki_attn.integrations.transformers.layers import LokiLayer
 from loki_attn.kernels import ops
 from loki_attn.types import AttentionCall, Mode, Selection
 
+IMPLEMENTATION: Final = "loki_attn"
 STATE: Final = "_loki_attn_state"
+_HIDDEN_BELOW: Final = -1e3
 
 _UNDERSTOOD: Final = {"s_aux", "sinks", "softcap", "sliding_window", "is_causal"}
 _HARMLESS: Final = {
@@ -49,7 +51,8 @@ class Observation:
     Attributes:
         layer_index: The layer.
         query: [batch, heads, q_len, head_dim], after RoPE.
-        key: [batch, kv_heads, seq, head_dim], after RoPE, heads not repeated.
+        key: [batch, kv_heads, seq, head_dim], after RoPE, heads not repeated; in the space they
+            are stored in (another one under Loki's rotated layout).
         value: [batch, kv_heads, seq, value_dim].
         call: Scaling, soft-cap, sink logits.
         visible: None for causal, or bool [batch or 1, 1, q_len, seq].
@@ -113,29 +116,54 @@ class Traffic:
 
 @dataclass
 class Shared:
-    """What all layers of one attachment share."""
+    """What all layers of one attachment share.
+
+    `always_select` sends steps that would read everything through the selection as well: at full
+    budget the result must not change, which is how an attachment verifies itself.
+    """
 
     mode: Mode = "decode"
-    force_selection: bool = False
+    always_select: bool = False
     observer: Observer | None = None
     traffic: Traffic = field(default_factory=Traffic)
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What the probe learns from one attention call of a layer."""
+
+    query_shape: tuple[int, ...]
+    key_shape: tuple[int, ...]
+    value_shape: tuple[int, ...]
+    sliding: bool
+    cached: bool
+    handed_off: bool
 
 
 @dataclass
 class LayerState:
     """What the attention function knows about one module; found on the module itself.
 
-    `policy` is None where the layer stays dense (sliding window, linear, excluded) and while the
-    probe runs, which fills in what it saw.
+    Attributes:
+        index: The layer's index in the model.
+        shared: What it shares with the other layers of the attachment.
+        policy: None where the layer stays dense (sliding window, linear, natively sparse) and
+            while the probe runs.
+        layer: The cache layer of the forward that runs now; None between forwards.
+        cache_layer: Class name of the stock cache layer that the probe found.
+        rotary: The model's (cos, sin) of the forward that runs now.
+        seen: What the probe saw.
+        called: Whether the forward that runs now called the attention function.
     """
 
     index: int
     shared: Shared
     policy: LayerPolicy | None = None
     layer: LokiLayer | None = None
+    cache_layer: str = ""
     rotary: tuple[Tensor, Tensor] | None = None
-    seen: dict[str, Any] = field(default_factory=dict)
-    problem: str | None = None
+    seen: Seen | None = None
+    called: bool = False
 
 
 def loki_attention(
@@ -147,7 +175,7 @@ def loki_attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     **kwargs: Any,
-) -> tuple[Tensor, None]:
+) -> tuple[Tensor, Tensor | None]:
     """Serve one attention call of a transformers model.
 
     Args:
@@ -157,52 +185,118 @@ def loki_attention(
         value: [batch, kv_heads, seq, value_dim].
         attention_mask: None, bool (True = attend) or additive, [batch or 1, 1, q_len, seq].
         scaling: Factor on the logits; head_dim ** -0.5 if None.
-        dropout: Ignored: this is for inference.
+        dropout: Must be 0: this is for inference.
         kwargs: What the model adds; unknown ones that matter are refused.
 
     Returns:
-        [batch, q_len, heads, value_dim] and None for the weights.
+        [batch, q_len, heads, value_dim], and the weights [batch, heads, q_len, seq] where the
+        model was called with output_attentions=True, else None.
+
+    Raises:
+        UnsupportedModelError: If the model asks for something that is not understood.
+        LokiAttnError: If the model is in training mode and drops attention weights.
     """
-    del dropout
+    if dropout:
+        raise LokiAttnError(
+            f"The model asks for attention dropout {dropout}: it is in training mode, and an "
+            "attached model is for inference; call model.eval()."
+        )
     call = _read_call(query, scaling, kwargs)
-    visible = _as_bool(attention_mask)
-    causal = bool(kwargs.get("is_causal", True) if kwargs.get("is_causal") is not None else True)
+    visible = _visible(module, query, key, attention_mask, kwargs.get("is_causal"))
+    weigh = bool(kwargs.get("output_attentions"))
     state: LayerState | None = getattr(module, STATE, None)
-    if state is None or state.policy is None:
-        if state is not None:
-            _note(state, query, key, value, kwargs)
-        out = ops().dense(query, key, value, visible, call, causal=causal)
+    if state is not None:
+        state.called = True
+    if state is not None and state.policy is not None:
+        rows = query, key, value
+        with torch.no_grad():
+            out, weights = _serve(state, state.policy, rows, call, visible, weigh=weigh)
+        if query.requires_grad and torch.is_grad_enabled():
+            out = _ForwardOnly.apply(out, query)
     else:
-        out = _serve(state, state.policy, query, key, value, call, visible)
-    return out.transpose(1, 2).contiguous(), None
+        if state is not None:
+            state.seen = _look(state, query, key, value, kwargs)
+        out = ops().dense(query, key, value, visible, call, causal=True)
+        weights = _weights(query, key, call, visible) if weigh else None
+    return out.transpose(1, 2).contiguous(), weights
+
+
+class _ForwardOnly(torch.autograd.Function):
+    """Lets a forward run with gradients enabled, and refuses to make up gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, out: Tensor, query: Tensor) -> Tensor:
+        """Pass the output on."""
+        del ctx, query
+        return out.view_as(out)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        """Refuse."""
+        del ctx, gradients
+        raise LokiAttnError(
+            "An attached model is for inference: its sparse attention has no gradient. Detach it "
+            "to train."
+        )
 
 
 def _serve(
     state: LayerState,
     layer: LayerPolicy,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
+    tensors: tuple[Tensor, Tensor, Tensor],
     call: AttentionCall,
     visible: Tensor | None,
-) -> Tensor:
+    *,
+    weigh: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Attend by the layer's policy."""
+    query, key, value = tensors
+    if visible is not None and visible.shape[1] != 1:
+        raise UnsupportedModelError(
+            f"The attention mask {tuple(visible.shape)} differs between heads; a sparse layer "
+            "needs one mask for all heads, [batch, 1, q_len, seq]."
+        )
     shared, cache = state.shared, _rows_of(state, layer, key, value)
     if shared.observer is not None:
         shared.observer(
             Observation(state.index, query, cache.keys, value, call, visible, state.rotary)
         )
-    single = query.shape[2] == 1
+    single, read = query.shape[2] == 1, visible
     wanted = single or shared.mode == "every_query"
-    if not wanted or (layer.budget.is_dense(cache.length) and not shared.force_selection):
+    if not wanted or (layer.budget.is_dense(cache.length) and not shared.always_select):
         if single:
             shared.traffic.record(cache, layer, None)
-        return attention.dense(query, cache, layer, call, visible)
-    if single:
+        out = attention.dense(query, cache, layer, call, visible)
+    elif single:
         out, selection = attention.decode(query, cache, layer, call, visible)
         shared.traffic.record(cache, layer, selection)
-        return out
-    shared.traffic.every_query_calls += 1
-    return attention.every_query(query, cache, layer, call, visible)
+        read = _as_mask(selection, cache.length, query.shape[1]) if weigh else None
+    elif weigh:
+        raise InputError(
+            "output_attentions cannot be had in mode 'every_query'; use attachment.observe, or "
+            "mode='decode'."
+        )
+    else:
+        shared.traffic.every_query_calls += 1
+        out = attention.every_query(query, cache, layer, call, visible)
+    rows_query = layer.selector.query_rows(query) if weigh else query
+    return out, _weights(rows_query, cache.keys, call, read) if weigh else None
+
+
+def _weights(query: Tensor, keys: Tensor, call: AttentionCall, read: Tensor | None) -> Tensor:
+    """The soft-max weights of the rows that were read, 0 for the others."""
+    if read is None:
+        read = ops().causal_mask(query.shape[2], keys.shape[2], query.device)
+    logits = ops().score(query, keys, None, call)
+    return ops().estimated_weights(logits, read, call).to(query.dtype)
+
+
+def _as_mask(selection: Selection, length: int, heads: int) -> Tensor:
+    """Bool [batch, heads, 1, length]: the rows of a selection."""
+    indices = selection.indices
+    marks = indices.new_zeros((*indices.shape[:2], length + 1), dtype=torch.bool)
+    marks.scatter_(2, indices.masked_fill(indices < 0, length), value=True)
+    return marks[..., None, :-1].repeat_interleave(heads // indices.shape[1], 1)
 
 
 def _rows_of(state: LayerState, layer: LayerPolicy, key: Tensor, value: Tensor) -> LayerCache:
@@ -211,30 +305,32 @@ def _rows_of(state: LayerState, layer: LayerPolicy, key: Tensor, value: Tensor) 
         cache = LayerCache(layer.selector)
         cache.append(key, value)
         return cache
-    if not _is_same(key, state.layer.rows.keys):
+    rows = state.layer.rows
+    if not (_is_same(key, rows.keys) and _is_same(value, rows.values)):
         raise UnsupportedModelError(
-            f"Layer {state.index} changed the keys after the cache returned them (multi-head "
-            "latent attention does); such layers cannot be served."
+            f"Layer {state.index} changed the keys or values after the cache returned them "
+            "(as multi-head latent attention does); such layers cannot be served."
         )
-    return state.layer.rows
+    return rows
 
 
-def _note(
+def _look(
     state: LayerState, query: Tensor, key: Tensor, value: Tensor, kwargs: dict[str, Any]
-) -> None:
-    """Remember what the probe needs to know about a layer."""
-    state.seen = {
-        "query": tuple(query.shape),
-        "key": tuple(key.shape),
-        "value": tuple(value.shape),
-        "sliding": kwargs.get("sliding_window") is not None,
-        "cached": state.layer is not None,
-        "handed_off": state.layer is None or _is_same(key, state.layer.rows.keys),
-    }
+) -> Seen:
+    """Note what the probe needs to know about a layer."""
+    rows = None if state.layer is None else state.layer.rows
+    return Seen(
+        query_shape=tuple(query.shape),
+        key_shape=tuple(key.shape),
+        value_shape=tuple(value.shape),
+        sliding=kwargs.get("sliding_window") is not None or "Sliding" in state.cache_layer,
+        cached=rows is not None,
+        handed_off=rows is None or (_is_same(key, rows.keys) and _is_same(value, rows.values)),
+    )
 
 
-def _is_same(key: Tensor, rows: Tensor) -> bool:
-    return key.shape == rows.shape and key.data_ptr() == rows.data_ptr()
+def _is_same(given: Tensor, rows: Tensor) -> bool:
+    return given.shape == rows.shape and given.data_ptr() == rows.data_ptr()
 
 
 def _read_call(query: Tensor, scaling: float | None, kwargs: dict[str, Any]) -> AttentionCall:
@@ -251,11 +347,19 @@ def _read_call(query: Tensor, scaling: float | None, kwargs: dict[str, Any]) -> 
     return AttentionCall(scaling=scale, softcap=kwargs.get("softcap"), sink_logits=sinks)
 
 
-def _as_bool(mask: Tensor | None) -> Tensor | None:
-    if mask is None or mask.dtype == torch.bool:
+def _visible(
+    module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None, is_causal: bool | None
+) -> Tensor | None:
+    """Return the mask as bool, or None where every query sees what is before it and itself."""
+    if mask is None:
+        causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+        if causal or query.shape[2] == 1:
+            return None
+        return query.new_ones((1, 1, query.shape[2], key.shape[2]), dtype=torch.bool)
+    if mask.dtype == torch.bool:
         return mask
     visible = mask == 0
-    if bool((mask[~visible] > -1e3).any()):
+    if bool((mask[~visible] > _HIDDEN_BELOW).any()):
         raise UnsupportedModelError(
             "An additive attention mask came with values between -1000 and 0, a bias; only masks "
             "that show or hide rows can be served."
@@ -265,11 +369,9 @@ def _as_bool(mask: Tensor | None) -> Tensor | None:
 
 def _rows_read(selection: Selection, cache: LayerCache) -> int:
     """Physical rows: a choice per query head reads the union of its group."""
-    batch, choosers, picked = selection.indices.shape
     kv_heads = cache.keys.shape[1]
+    choosers = selection.indices.shape[1]
     if choosers == kv_heads:
-        return batch * choosers * picked
-    marks = torch.zeros(batch, kv_heads, cache.length + 1, dtype=torch.bool)
-    flat = selection.indices.reshape(batch, kv_heads, -1).cpu()
-    marks.scatter_(2, flat.masked_fill(flat < 0, cache.length), value=True)
-    return int(marks[..., :-1].sum())
+        return int(selection.counts.sum())
+    marks = _as_mask(selection, cache.length, choosers)
+    return int(marks.view(marks.shape[0], kv_heads, -1, cache.length).any(2).sum())

@@ -1,6 +1,9 @@
 """LokiLayer: a transformers cache layer that keeps its rows in a LayerCache."""
 
-from typing import Any
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -8,6 +11,16 @@ from transformers.cache_utils import DynamicLayer
 
 from loki_attn.cache import LayerCache, RowFormat
 from loki_attn.errors import CacheError
+
+
+@contextmanager
+def _plain_tensors() -> Iterator[None]:
+    """Make storage that may be written in any mode: no graph, and no inference tensors.
+
+    A cache that was filled under `torch.inference_mode` could not grow outside of it.
+    """
+    with torch.inference_mode(mode=False), torch.no_grad():
+        yield
 
 
 class LokiLayer(DynamicLayer):
@@ -22,6 +35,9 @@ class LokiLayer(DynamicLayer):
         reserve_tokens: Rows to allocate at the first update.
     """
 
+    keys: Tensor | None
+    values: Tensor | None
+
     def __init__(self, row_format: RowFormat, owner: str, reserve_tokens: int = 0) -> None:
         """Start empty."""
         super().__init__()
@@ -35,6 +51,7 @@ class LokiLayer(DynamicLayer):
         self.dtype, self.device = key_states.dtype, key_states.device
         self.is_initialized = True
 
+    @_plain_tensors()
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
@@ -52,6 +69,7 @@ class LokiLayer(DynamicLayer):
         self._show()
         return self.rows.keys, self.rows.values
 
+    @_plain_tensors()
     def convert(self, row_format: RowFormat) -> None:
         """Store the rows in another format; needs rows that are kept as the model made them."""
         if type(self.rows.row_format).rows is not RowFormat.rows:
@@ -88,18 +106,21 @@ class LokiLayer(DynamicLayer):
         self.keys = self.values = None
         self.is_initialized = False
 
+    @_plain_tensors()
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Follow the beams."""
         if self.is_initialized:
             self.rows.select_batch(beam_idx)
             self._show()
 
+    @_plain_tensors()
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every batch row."""
         if self.is_initialized:
             self.rows.repeat_batch(repeats)
             self._show()
 
+    @_plain_tensors()
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep some batch rows, given by index or by a boolean mask."""
         if self.is_initialized:
@@ -107,17 +128,29 @@ class LokiLayer(DynamicLayer):
             self.rows.select_batch(picked)
             self._show()
 
+    @_plain_tensors()
     def offload(self) -> None:
         """Move the rows to the CPU."""
         if self.is_initialized:
             self.rows.to("cpu")
             self._show()
 
+    @_plain_tensors()
     def prefetch(self) -> None:
         """Move the rows back."""
         if self.is_initialized:
             self.rows.to(self.device)
             self._show()
+
+    @_plain_tensors()
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """Copy the rows; the format, which belongs to the attachment, is shared."""
+        memo[id(self.rows.row_format)] = self.rows.row_format
+        twin = type(self).__new__(type(self))
+        memo[id(self)] = twin
+        for name, held in vars(self).items():
+            setattr(twin, name, copy.deepcopy(held, memo))
+        return twin
 
     def _show(self) -> None:
         self.keys, self.values = self.rows.keys, self.rows.values

@@ -1,0 +1,189 @@
+"""Inputs, truth and the one assertion: for tests of methods and kernels, ours and yours."""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from loki_attn.basis import Basis, LayerBasis
+from loki_attn.types import AttentionCall, LayerShape
+
+
+def layer_shape(
+    num_heads: int = 6, num_kv_heads: int = 2, head_dim: int = 64, value_dim: int | None = None
+) -> LayerShape:
+    """Return the sizes of a small attention layer, layer 0 of its model."""
+    return LayerShape(
+        index=0,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        value_dim=head_dim if value_dim is None else value_dim,
+    )
+
+
+def random_rows(
+    shape: LayerShape,
+    seq: int,
+    *,
+    batch: int = 1,
+    q_len: int = 1,
+    decay: float = 0.0,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Draw Gaussian rows.
+
+    Args:
+        shape: Sizes of the layer.
+        seq: Key and value rows.
+        batch: Batch rows.
+        q_len: Query rows.
+        decay: Coordinate i of keys and queries has variance (i + 1) ** -decay, in a basis that
+            differs between KV heads.
+        dtype: Dtype of all three.
+        seed: Seed of the draw, which is made in float64.
+
+    Returns:
+        query [batch, heads, q_len, head_dim], key [batch, kv_heads, seq, head_dim] and value
+        [batch, kv_heads, seq, value_dim].
+    """
+    draw = torch.Generator().manual_seed(seed)
+    kv_heads, dim = shape.num_kv_heads, shape.head_dim
+
+    def normal(*size: int) -> Tensor:
+        return torch.randn(*size, generator=draw, dtype=torch.float64)
+
+    query = normal(batch, kv_heads, shape.group * q_len, dim)
+    key = normal(batch, kv_heads, seq, dim)
+    value = normal(batch, kv_heads, seq, shape.value_dim)
+    if decay:
+        spread = torch.arange(1, dim + 1, dtype=torch.float64) ** (-decay / 2)
+        turn = _orthogonal(kv_heads, dim, seed)
+        query, key = (query * spread) @ turn.mT, (key * spread) @ turn.mT
+    query = query.reshape(batch, shape.num_heads, q_len, dim)
+    return query.to(dtype), key.to(dtype), value.to(dtype)
+
+
+def spectral_basis(shape: LayerShape, seed: int = 0) -> Basis:
+    """Return the basis in which `random_rows` with this seed draws decaying coordinates."""
+    return _basis("pca", shape, _orthogonal(shape.num_kv_heads, shape.head_dim, seed))
+
+
+def tiny_basis(
+    shape: LayerShape, kind: Literal["random", "balanced"] = "random", seed: int = 1
+) -> Basis:
+    """Return a basis of one layer: "random" is orthogonal, "balanced" only invertible."""
+    first = _orthogonal(shape.num_kv_heads, shape.head_dim, seed)
+    if kind == "random":
+        return _basis(kind, shape, first)
+    second = _orthogonal(shape.num_kv_heads, shape.head_dim, seed + 1)
+    stretch = torch.linspace(2.0, 0.5, shape.head_dim, dtype=torch.float64)
+    return _basis(kind, shape, (first * stretch) @ second, (first / stretch) @ second)
+
+
+def plain_attention(
+    query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None, call: AttentionCall
+) -> Tensor:
+    """Attention by the textbook, every step in the dtype of the inputs: float64 gives the truth.
+
+    Args:
+        query: [batch, heads, q_len, head_dim].
+        key: [batch, kv_heads, seq, head_dim].
+        value: [batch, kv_heads, seq, value_dim].
+        visible: None for all, or bool broadcastable to [batch, heads, q_len, seq].
+        call: Scaling, soft-cap, sink logits.
+
+    Returns:
+        [batch, heads, q_len, value_dim]; 0 where a query sees nothing.
+    """
+    weights = plain_weights(query, key, visible, call)
+    return _per_kv_head(weights, value)
+
+
+def plain_weights(
+    query: Tensor, key: Tensor, visible: Tensor | None, call: AttentionCall
+) -> Tensor:
+    """The soft-max weights [batch, heads, q_len, seq] of `plain_attention`."""
+    logits = _per_kv_head(query, key.mT) * call.scaling
+    if call.softcap is not None:
+        logits = call.softcap * torch.tanh(logits / call.softcap)
+    if visible is not None:
+        logits = torch.where(visible, logits, float("-inf"))
+    if call.sink_logits is not None:
+        sink = call.sink_logits.to(logits.dtype).view(1, -1, 1, 1)
+        logits = torch.cat([logits, sink.expand(*logits.shape[:3], 1)], -1)
+    weights = torch.softmax(logits, -1).nan_to_num(0.0)
+    return weights if call.sink_logits is None else weights[..., :-1]
+
+
+def assert_within_budget(kernel_out: Tensor, reference_out: Tensor, truth: Tensor) -> None:
+    """Assert that a kernel errs at most twice as much as the plain reference in its dtype.
+
+    With e the largest error against the truth: e_kernel <= 2 e_reference + eps * max|reference|.
+
+    Args:
+        kernel_out: What is tested.
+        reference_out: The same from a plain implementation in the same dtype.
+        truth: The same in float64, from the same (rounded) inputs.
+
+    Raises:
+        AssertionError: If the budget is exceeded, or something is not finite or not comparable.
+    """
+    _require(truth.dtype == torch.float64, f"the truth is float64, got {truth.dtype}")
+    _require(
+        kernel_out.shape == reference_out.shape == truth.shape,
+        f"shapes differ: {kernel_out.shape}, {reference_out.shape}, {truth.shape}",
+    )
+    _require(
+        kernel_out.dtype == reference_out.dtype,
+        f"dtypes differ: {kernel_out.dtype}, {reference_out.dtype}",
+    )
+    _require(bool(torch.isfinite(truth).all()), "the truth is not finite")
+    _require(bool(torch.isfinite(kernel_out).all()), "the kernel's result is not finite")
+    error = float((kernel_out.double() - truth).abs().max())
+    allowed = 2 * float((reference_out.double() - truth).abs().max())
+    allowed += torch.finfo(kernel_out.dtype).eps * float(reference_out.double().abs().max())
+    _require(error <= allowed, f"largest error {error:.3e}, allowed {allowed:.3e}")
+
+
+def _require(holds: bool, message: str) -> None:
+    if not holds:
+        raise AssertionError(message)
+
+
+def _per_kv_head(rows: Tensor, columns: Tensor) -> Tensor:
+    """Multiply each query head's rows with its KV head's columns, a group at a time.
+
+    One product per group, as a kernel makes it: products of single rows sum in another, more
+    exact order, and would hold every kernel to a budget that no grouped product can meet.
+    """
+    group = rows.shape[1] // columns.shape[1]
+    parts = []
+    for head in range(columns.shape[1]):
+        own = rows[:, head * group : (head + 1) * group]
+        product = own.flatten(1, 2) @ columns[:, head]
+        parts.append(product.unflatten(1, (group, -1)))
+    return torch.cat(parts, 1)
+
+
+def _orthogonal(count: int, size: int, seed: int) -> Tensor:
+    """Draw `count` orthogonal float64 matrices."""
+    draw = torch.Generator().manual_seed(seed)
+    matrix = torch.randn(count, size, size, generator=draw, dtype=torch.float64)
+    columns: Tensor = torch.linalg.qr(matrix).Q
+    return columns
+
+
+def _basis(
+    kind: Literal["pca", "random", "balanced"],
+    shape: LayerShape,
+    key_map: Tensor,
+    query_map: Tensor | None = None,
+) -> Basis:
+    layer = LayerBasis(
+        key_map=key_map.float(),
+        query_map=(key_map if query_map is None else query_map).float(),
+        spectrum=torch.ones(key_map.shape[:2], dtype=torch.float64),
+    )
+    return Basis(kind=kind, side="post", orthogonal=query_map is None, layers={shape.index: layer})
