@@ -10,6 +10,7 @@ evaluated, so that it does not overlap with the calibration text at the beginnin
 
 import argparse
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
@@ -38,6 +39,7 @@ class Evidence:
         self._bases: dict[str, Basis] = {}
 
     def stats(self, corpus: str) -> KeyStats:
+        """The key statistics of this model on a corpus."""
         path = Path(self.options.stats) / f"{self.options.model}-{corpus}.safetensors"
         return KeyStats.load(path)[0]
 
@@ -56,8 +58,9 @@ class Evidence:
                 arguments["sharpness"] = float(words["sharp"])
             if kind == "uncentred":
                 kind, arguments["centred"] = "pca", False
-            fitted = fit(stats, kind.removeprefix("shuffled-"), **arguments)  # type: ignore[arg-type]
-            self._bases[spec] = fitted.shuffle_heads() if "shuffled" in kind else fitted
+            control, _, kind = kind.rpartition("-")
+            fitted = fit(stats, kind, **arguments)  # type: ignore[arg-type]
+            self._bases[spec] = _CONTROLS[control](fitted)
         return self._bases[spec]
 
     def ids(self, tokens: int, windows: int) -> list[int]:
@@ -69,6 +72,19 @@ class Evidence:
             start = min(_SKIP_CHARACTERS, len(text) // 2) + 50_000 * (index // len(names))
             found += self.lm.encode(text[start : start + 8 * tokens])[:tokens]
         return found
+
+
+def _first_head_for_all(basis: Basis) -> Basis:
+    """What results when keys are dumped after their repetition and the first rows are taken."""
+    layers = {i: layer.heads([0] * basis.num_kv_heads) for i, layer in basis.layers.items()}
+    return replace(basis, layers=layers)
+
+
+_CONTROLS: Final[dict[str, Callable[[Basis], Basis]]] = {
+    "": lambda basis: basis,
+    "shuffled": lambda basis: basis.shuffle_heads(),
+    "repeated": _first_head_for_all,
+}
 
 
 def loki(evidence: Evidence, spec: str, name: str = "", **overrides: object) -> Contender:
@@ -102,7 +118,7 @@ def ranks(evidence: Evidence) -> Iterator[Row]:
                 fitted = fit(stats, "pca", side=side, centred=centred)  # type: ignore[arg-type]
                 table = fitted.rank_at(0.9).double()
                 label = f"rank90_{side}{'' if centred else '_uncentred'}"
-                metrics[label] = float(table.mean()) 
+                metrics[label] = float(table.mean())
                 metrics[f"{label}_layers"] = table.mean(1).tolist()
             basis = fit(stats, "pca", side=side)  # type: ignore[arg-type]
             for other, theirs in everything.items():
@@ -134,19 +150,28 @@ def ordering(evidence: Evidence) -> Iterator[Row]:
     """The paper's tables: every query selects, alone in its head, nothing forced."""
     dim = evidence.lm.head_dim
     plain: dict[str, object] = {
-        "group_reduce": "none", "sinks": 0, "recents": 0, "min_k": 16,
+        "group_reduce": "none",
+        "sinks": 0,
+        "recents": 0,
+        "min_k": 16,
     }
-    contenders = []
-    for fraction in (0.5, 0.25, 0.125):
-        contenders.append(exact(fraction=fraction, **plain))
-        for share in (0.5, 0.25, 0.125):
-            for spec in evidence.options.ordering_bases.split(","):
-                contenders.append(
-                    loki(evidence, spec, fraction=fraction, rank=int(dim * share), **plain)
-                )
+    fractions = (0.5, 0.25, 0.125)
+    contenders = [exact(fraction=fraction, **plain) for fraction in fractions]
+    contenders += [
+        loki(evidence, spec, fraction=fraction, rank=int(dim * share), **plain)
+        for fraction in fractions
+        for share in fractions
+        for spec in evidence.options.ordering_bases.split(",")
+    ]
     quarter: dict[str, object] = {"fraction": 0.25, "rank": dim // 4, **plain}
-    controls = ["random", "shuffled-pca", "shuffled-balanced", "pca:corpus=pydocs",
-                "balanced:corpus=pydocs", "mixed"]
+    controls = [
+        "random",
+        "shuffled-pca",
+        "shuffled-balanced",
+        "pca:corpus=pydocs",
+        "balanced:corpus=pydocs",
+        "mixed",
+    ]
     contenders += [loki(evidence, spec, **quarter) for spec in controls]
     contenders += [
         Contender(name=f"pca-attn rank={r}", policy=pca_attn(r), basis=evidence.basis("pca"))
@@ -157,12 +182,24 @@ def ordering(evidence: Evidence) -> Iterator[Row]:
 
 def centring(evidence: Evidence) -> Iterator[Row]:
     """Why centring hurts: with and without forced sinks and recents."""
-    quarter = {"fraction": 0.25, "rank": evidence.lm.head_dim // 4, "group_reduce": "none",
-               "min_k": 16}
+    quarter = {
+        "fraction": 0.25,
+        "rank": evidence.lm.head_dim // 4,
+        "group_reduce": "none",
+        "min_k": 16,
+    }
     contenders = [
         loki(evidence, spec, f"{spec} sinks={s} recents={r}", sinks=s, recents=r, **quarter)
-        for spec in ("pca", "uncentred", "pca:side=pre", "balanced", "random")
-        for s, r in ((0, 0), (1, 0), (4, 0), (4, 32))
+        for spec in (
+            "pca",
+            "uncentred",
+            "pca:side=pre",
+            "repeated-pca",
+            "shuffled-pca",
+            "random",
+            "balanced",
+        )
+        for s, r in ((0, 0), (1, 0), (4, 32))
     ]
     yield from _perplexity(evidence, contenders)
     yield from _fidelity(evidence, contenders, 2048)
@@ -188,14 +225,18 @@ def decode(evidence: Evidence) -> Iterator[Row]:
             for dtype in ("bf16", "int8"):
                 spec = evidence.options.default_basis
                 name = f"{spec} top_k={k} rank={rank} {dtype}"
-                contenders.append(
-                    loki(evidence, spec, name, top_k=k, rank=rank, plane_dtype=dtype)
-                )
+                contenders.append(loki(evidence, spec, name, top_k=k, rank=rank, plane_dtype=dtype))
     options = evidence.options
     ids = evidence.ids(options.prefix + options.forced, options.windows)
     yield from perplexity(
-        evidence.lm, ids, contenders, protocol="decode", windows=options.windows,
-        window_tokens=options.forced, prefix_tokens=options.prefix, corpus=options.texts,
+        evidence.lm,
+        ids,
+        contenders,
+        protocol="decode",
+        windows=options.windows,
+        window_tokens=options.forced,
+        prefix_tokens=options.prefix,
+        corpus=options.texts,
         progress=_say,
     )
 
@@ -214,25 +255,40 @@ def needles(evidence: Evidence) -> Iterator[Row]:
     haystack = (Path(options.corpora) / f"{_PASSKEY_HAYSTACK}.txt").read_text()
     for length in (int(n) for n in options.lengths.split(",")):
         yield from passkey(
-            evidence.lm, haystack, contenders, length_tokens=length, trials=options.trials,
-            corpus=_PASSKEY_HAYSTACK, progress=_say,
+            evidence.lm,
+            haystack,
+            contenders,
+            length_tokens=length,
+            trials=options.trials,
+            corpus=_PASSKEY_HAYSTACK,
+            progress=_say,
         )
 
 
 def _perplexity(evidence: Evidence, contenders: list[Contender]) -> Iterator[Row]:
     options = evidence.options
     yield from perplexity(
-        evidence.lm, evidence.ids(options.window, options.windows), contenders,
-        protocol="every_query", windows=options.windows, window_tokens=options.window,
-        corpus=options.texts, progress=_say,
+        evidence.lm,
+        evidence.ids(options.window, options.windows),
+        contenders,
+        protocol="every_query",
+        windows=options.windows,
+        window_tokens=options.window,
+        corpus=options.texts,
+        progress=_say,
     )
 
 
 def _fidelity(evidence: Evidence, contenders: list[Contender], tokens: int) -> Iterator[Row]:
     options = evidence.options
     yield from fidelity(
-        evidence.lm, evidence.ids(tokens, options.windows), contenders, windows=options.windows,
-        window_tokens=tokens, queries=48, corpus=options.texts,
+        evidence.lm,
+        evidence.ids(tokens, options.windows),
+        contenders,
+        windows=options.windows,
+        window_tokens=tokens,
+        queries=48,
+        corpus=options.texts,
     )
 
 
@@ -250,15 +306,28 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("sections", nargs="+", choices=sorted(_SECTIONS))
     for name, default in {
-        "model": "smollm2-135m", "stats": "", "corpora": "", "out": "", "calibrated_on": "brown",
-        "texts": "jargon,pydocs,shakespeare,kernel", "rank_corpora": "brown,pydocs",
-        "ordering_bases": "pca,pca:side=pre,balanced", "bases": "pca,balanced,mixed",
-        "default_basis": "balanced", "top_k": "64,128,256,512", "ranks": "8,16,32",
+        "model": "smollm2-135m",
+        "stats": "",
+        "corpora": "",
+        "out": "",
+        "calibrated_on": "brown",
+        "texts": "jargon,pydocs,shakespeare,kernel",
+        "rank_corpora": "brown,pydocs",
+        "ordering_bases": "pca,pca:side=pre,balanced",
+        "bases": "pca,balanced,mixed",
+        "default_basis": "balanced",
+        "top_k": "64,128,256,512",
+        "ranks": "8,16,32",
         "lengths": "2048,4096,8192",
     }.items():
         parser.add_argument(f"--{name.replace('_', '-')}", default=default)
-    for name, number in {"windows": 4, "window": 1024, "prefix": 4096, "forced": 128,
-                         "trials": 20}.items():
+    for name, number in {
+        "windows": 4,
+        "window": 1024,
+        "prefix": 4096,
+        "forced": 128,
+        "trials": 20,
+    }.items():
         parser.add_argument(f"--{name}", type=int, default=number)
     options = parser.parse_args()
     evidence = Evidence(options)
@@ -267,7 +336,9 @@ def main() -> None:
         append_rows(Path(options.out), rows)
         for row in rows:
             shown = {k: v for k, v in row.metrics.items() if isinstance(v, float)}
-            _say(f"{row.task} {row.contender}: " + " ".join(f"{k}={v:.4g}" for k, v in shown.items()))
+            _say(
+                f"{row.task} {row.contender}: " + " ".join(f"{k}={v:.4g}" for k, v in shown.items())
+            )
 
 
 if __name__ == "__main__":

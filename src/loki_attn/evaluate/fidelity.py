@@ -165,6 +165,6 @@ def _choose(query: Tensor, layer: LayerPolicy, seen: Observation, visible: Tenso
 
 def _mass(weights: Tensor, mask: Tensor) -> Tensor:
     """Mean weight on the marked rows; the mask may be per KV head."""
-    batch, heads, q_len, seq = weights.shape
+    batch, _, q_len, seq = weights.shape
     grouped = weights.view(batch, mask.shape[1], -1, q_len, seq)
     return (grouped * mask[:, :, None]).sum(-1).mean()

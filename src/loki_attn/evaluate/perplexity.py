@@ -28,7 +28,7 @@ PROTOCOLS: Final[dict[Protocol, str]] = {
 }
 
 
-def perplexity(
+def perplexity(  # noqa: PLR0913 - each is a choice of its own, by keyword
     lm: LanguageModel,
     ids: Sequence[int],
     contenders: Sequence[Contender],
@@ -167,7 +167,7 @@ def _decode_window(
     for contender in contenders:
         tally, cache = tallies[contender.name], lm.fork(prefix)
         with lm.using(contender.policy, contender.basis, "decode"):
-            steps = [next(lm.extend(cache, token)) for token in forced.split(1, dim=1)]
+            steps = [next(lm.extend(cache, token)) for token in forced.T[:, None]]
             tally.calls += lm.traffic.sparse_calls
             tally.read_bytes += lm.traffic.read_bytes
             tally.dense_bytes += lm.traffic.dense_bytes

@@ -212,7 +212,7 @@ def loki_attention(
         with torch.no_grad():
             out, weights = _serve(state, state.policy, rows, call, visible, weigh=weigh)
         if query.requires_grad and torch.is_grad_enabled():
-            out = _ForwardOnly.apply(out, query)
+            out = _ForwardOnly.apply(out, query)  # type: ignore[no-untyped-call]
     else:
         if state is not None:
             state.seen = _look(state, query, key, value, kwargs)

@@ -20,7 +20,7 @@ def undo_rotary(key: Tensor, cos: Tensor, sin: Tensor) -> Tensor | None:
         return None
     cos, sin = cos.float()[:, None], sin.float()[:, None]
     half = cos.shape[-1] // 2
-    rotated, rest = key.float().split([cos.shape[-1], key.shape[-1] - cos.shape[-1]], -1)
+    rotated, rest = key[..., : cos.shape[-1]].float(), key[..., cos.shape[-1] :].float()
     if torch.equal(cos[..., :half], cos[..., half:]):
         turned = torch.cat([-rotated[..., half:], rotated[..., :half]], -1)
     elif torch.equal(cos[..., ::2], cos[..., 1::2]):
