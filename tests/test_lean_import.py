@@ -18,7 +18,7 @@ OPTIONAL_PACKAGES = (
     "typer",
     "vllm",
 )
-NEEDS_A_FRAMEWORK = {"attach"}
+NEEDS_A_FRAMEWORK = {"attach", "calibrate"}
 
 BLOCK_OPTIONAL_PACKAGES = f"""
 import sys

@@ -332,13 +332,10 @@ def main() -> None:
     options = parser.parse_args()
     evidence = Evidence(options)
     for section in options.sections:
-        rows = list(_SECTIONS[section](evidence))
-        append_rows(Path(options.out), rows)
-        for row in rows:
-            shown = {k: v for k, v in row.metrics.items() if isinstance(v, float)}
-            _say(
-                f"{row.task} {row.contender}: " + " ".join(f"{k}={v:.4g}" for k, v in shown.items())
-            )
+        for row in _SECTIONS[section](evidence):
+            append_rows(Path(options.out), [row])
+            found = (f"{k}={v:.4g}" for k, v in row.metrics.items() if isinstance(v, float))
+            _say(f"{row.task} {row.contender}: {' '.join(found)}")
 
 
 if __name__ == "__main__":

@@ -10,10 +10,10 @@ if TYPE_CHECKING:
     from loki_attn.basis import Basis
     from loki_attn.budget import Budget
     from loki_attn.cache import LayerCache
-    from loki_attn.key_stats import KeyStats
-    from loki_attn.fitting import fit
     from loki_attn.errors import LokiAttnError
+    from loki_attn.fitting import fit
     from loki_attn.integrations.transformers import attach, calibrate
+    from loki_attn.key_stats import KeyStats
     from loki_attn.policy import Policy, preset, presets
     from loki_attn.types import Selection
 

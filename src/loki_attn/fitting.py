@@ -36,8 +36,8 @@ from torch import Tensor
 
 from loki_attn.artefact import JSON
 from loki_attn.basis import Basis, BasisKind, LayerBasis, Side
-from loki_attn.key_stats import KeyStats
 from loki_attn.errors import InputError, unknown_name
+from loki_attn.key_stats import KeyStats
 
 _KINDS: tuple[BasisKind, ...] = ("pca", "balanced", "mixed", "random", "identity")
 _BALANCED: tuple[BasisKind, ...] = ("balanced", "mixed")

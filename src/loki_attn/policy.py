@@ -105,14 +105,14 @@ def presets() -> tuple[str, ...]:
     return tuple(_PRESETS)
 
 
-def preset(name: str, **overrides: Any) -> Policy:
+def preset(name: str, /, **overrides: Any) -> Policy:
     """Return a named policy, with some of its fields replaced.
 
     Args:
         name: One of `presets()`.
         overrides: Fields of the policy, of its method or of its budget. A new amount (top_k,
             fraction or mass) replaces the preset's; recents that were not given shrink to a
-            quarter of a smaller top_k.
+            quarter of a smaller top_k or cap, and min_k to all of it.
 
     Raises:
         UnknownNameError: If the preset or a field is not known.
@@ -196,12 +196,15 @@ def _settle_amount(budget: dict[str, Any], overrides: Mapping[str, Any]) -> None
     if given:
         for name in {"top_k", "fraction", "mass"} - set(given):
             budget.pop(name, None)
-    top_k = budget.get("top_k")
-    if isinstance(top_k, int) and top_k > 0:
-        for name in ("recents", "min_k"):
+    table = budget.get("per_layer", ()) if "top_k" in budget else ()
+    limits = [budget.get("top_k"), budget.get("cap"), *table]
+    tokens = [limit for limit in limits if isinstance(limit, int) and limit > 0]
+    if tokens:
+        limit = min(tokens)
+        room = max(0, min(limit // 4, limit - budget.get("sinks", 0)))
+        for name, most in (("recents", room), ("min_k", limit)):
             if name in budget and name not in overrides:
-                share = top_k // 4 if name == "recents" else top_k
-                budget[name] = min(budget[name], share)
+                budget[name] = min(budget[name], most)
 
 
 def _refuse_unknown(kind: str, record: Mapping[str, Any], valid: set[str]) -> None:

@@ -117,6 +117,44 @@ def plain_weights(
     return weights if call.sink_logits is None else weights[..., :-1]
 
 
+def plain_reference(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    visible: Tensor | None,
+    call: AttentionCall,
+    truth: Tensor,
+    orders: int = 8,
+) -> Tensor:
+    """`plain_attention` in the dtype of the inputs, with the rounding error it really has.
+
+    One evaluation may be right by luck, and no other order of summation could then meet its
+    budget. So it is evaluated with rows and coordinates in several orders, which changes nothing
+    but rounding, and the one farthest from the truth counts.
+
+    Args:
+        query: [batch, heads, q_len, head_dim].
+        key: [batch, kv_heads, seq, head_dim].
+        value: [batch, kv_heads, seq, value_dim].
+        visible: None for all, or bool [batch or 1, heads or 1, q_len, seq].
+        call: Scaling, soft-cap, sink logits.
+        truth: float64, the same attention.
+        orders: How many orders are tried.
+
+    Returns:
+        [batch, heads, q_len, value_dim], the reference for `assert_within_budget`.
+    """
+    draw = torch.Generator().manual_seed(0)
+    found = [plain_attention(query, key, value, visible, call)]
+    for _ in range(orders - 1):
+        rows = torch.randperm(key.shape[2], generator=draw)
+        columns = torch.randperm(key.shape[3], generator=draw)
+        seen = visible if visible is None else visible[..., rows]
+        mixed = key[:, :, rows][..., columns]
+        found.append(plain_attention(query[..., columns], mixed, value[:, :, rows], seen, call))
+    return max(found, key=lambda out: float((out.double() - truth).abs().max()))
+
+
 def assert_within_budget(kernel_out: Tensor, reference_out: Tensor, truth: Tensor) -> None:
     """Assert that a kernel errs at most twice as much as the plain reference in its dtype.
 
@@ -163,7 +201,7 @@ def _per_kv_head(rows: Tensor, columns: Tensor) -> Tensor:
     for head in range(columns.shape[1]):
         own = rows[:, head * group : (head + 1) * group]
         product = own.flatten(1, 2) @ columns[:, head]
-        parts.append(product.unflatten(1, (group, -1)))
+        parts.append(product.view(*own.shape[:3], -1))
     return torch.cat(parts, 1)
 
 

@@ -11,7 +11,12 @@ from loki_attn.budget import Budget
 from loki_attn.cache import LayerCache
 from loki_attn.kernels import ops
 from loki_attn.policy import Policy, methods
-from loki_attn.testing import assert_within_budget, plain_attention, tiny_basis
+from loki_attn.testing import (
+    assert_within_budget,
+    plain_attention,
+    plain_reference,
+    tiny_basis,
+)
 from loki_attn.types import AttentionCall, GroupReduce
 
 
@@ -42,7 +47,7 @@ class Case:
         return cache
 
     def decode(self, layer, query, key, value, visible=None, call=None, basis=None):
-        """One decode step over freshly filled rows; its output is checked on the rows it read."""
+        """One decode step over freshly filled rows; it must attend to what it says it read."""
         call = call or call_of(layer.shape)
         cache = self.filled(layer, key, value)
         out, selection = attention.decode(query, cache, layer, call, visible)
@@ -51,14 +56,25 @@ class Case:
         return out, selection
 
     def check(self, out, layer, query, key, value, mask, call=None, basis=None):
-        """Whatever was selected, the attention to it is exact, within the error budget."""
+        """Attention to the marked rows, and nothing else."""
+        if out.dtype.itemsize < 4:
+            self.check_budget(out, layer, query, key, value, mask, call, basis)
+            return
+        # One small float32 sample is too few for a budget: the reference may be right by luck.
+        call = call or call_of(layer.shape)
+        truth = plain_attention(query.double(), key.double(), value.double(), mask, call)
+        torch.testing.assert_close(out.float(), truth.float())
+
+    def check_budget(self, out, layer, query, key, value, mask, call=None, basis=None):
+        """The same, held to the error budget; give it many rows."""
         call = call or call_of(layer.shape)
         truth = plain_attention(query.double(), key.double(), value.double(), mask, call)
         if layer.selector.rows(key) is not key:
             # Rows are stored in the basis: the plain reference pays for that rounding, too.
             maps = (basis or tiny_basis(layer.shape)).layer(layer.shape.index)
             query, key = mapped(query, maps.query_map), mapped(key, maps.key_map)
-        assert_within_budget(out, plain_attention(query, key, value, mask, call), truth)
+        plain = plain_reference(query, key, value, mask, call, truth)
+        assert_within_budget(out, plain, truth)
 
     def every_query(self, layer, query, key, value, visible=None, call=None):
         cache = self.filled(layer, key, value)
@@ -116,9 +132,7 @@ def case(request):
     return request.param
 
 
-@pytest.fixture(
-    scope="session", params=[c for c in CASES if not c.reads_everything], ids=label
-)
+@pytest.fixture(scope="session", params=[c for c in CASES if not c.reads_everything], ids=label)
 def sparse_case(request):
     """The cases that take an amount."""
     return request.param

@@ -15,7 +15,7 @@ SHAPES = [
     layer_shape(8, 2, 128),
     layer_shape(2, 1, 256),
     layer_shape(4, 2, 64, 48),
-    layer_shape(2, 2, 2),
+    layer_shape(2, 2, 16),
 ]
 FULL = [{"top_k": 10_000}, {"fraction": 1.0}, {"top_k": 200, "sinks": 4, "recents": 64}]
 MASS = {"mass": 1.0}
@@ -30,10 +30,10 @@ MASS = {"mass": 1.0}
     seed=st.integers(0, 99),
 )
 def test_decode(case, shape, seq, amount, dtype, seed):
-    query, key, value = random_rows(shape, seq, batch=2, dtype=dtype, seed=seed)
+    query, key, value = random_rows(shape, seq, batch=8, dtype=dtype, seed=seed)
     layer = case.layer(shape, **amount)
     out, selection = case.decode(layer, query, key, value)
-    case.check(out, layer, query, key, value, None)
+    case.check_budget(out, layer, query, key, value, None)
     assert out.dtype == dtype
     assert bool((selection.counts == seq).all())
 
@@ -48,19 +48,19 @@ def test_decode(case, shape, seq, amount, dtype, seed):
 )
 def test_every_query(case, laws, shape, q_len, past, amount, dtype):
     seq = past + q_len
-    query, key, value = random_rows(shape, seq, q_len=q_len, dtype=dtype, seed=seq)
+    query, key, value = random_rows(shape, seq, batch=4, q_len=q_len, dtype=dtype, seed=seq)
     layer = case.layer(shape, **amount)
     out = case.every_query(layer, query, key, value)
-    case.check(out, layer, query, key, value, laws.causal(q_len, seq))
+    case.check_budget(out, layer, query, key, value, laws.causal(q_len, seq))
 
 
 @pytest.mark.parametrize("seq", [1, 5, 100])
 def test_whole_mass(scoring_case, seq):
     shape = SHAPES[1]
-    query, key, value = random_rows(shape, seq, seed=seq)
+    query, key, value = random_rows(shape, seq, batch=8, seed=seq)
     layer = scoring_case.layer(shape, **MASS)
     out, _ = scoring_case.decode(layer, query, key, value)
-    scoring_case.check(out, layer, query, key, value, None)
+    scoring_case.check_budget(out, layer, query, key, value, None)
 
 
 @pytest.mark.parametrize("q_len", [1, 7])
@@ -68,12 +68,12 @@ def test_whole_mass(scoring_case, seq):
 def test_dense_path(case, laws, q_len, extras):
     """`attention.dense` undoes whatever space the rows are stored in."""
     shape, seq = SHAPES[1], 33
-    query, key, value = random_rows(shape, seq, batch=2, q_len=q_len, seed=3)
+    query, key, value = random_rows(shape, seq, batch=8, q_len=q_len, seed=3)
     sinks = torch.linspace(-1, 2, 6) if "sinks" in extras else None
     call = laws.call(shape, softcap=extras.get("softcap"), sink_logits=sinks)
     layer = case.layer(shape, top_k=4)
     out = attention.dense(query, case.filled(layer, key, value), layer, call, None)
-    case.check(out, layer, query, key, value, laws.causal(q_len, seq), call)
+    case.check_budget(out, layer, query, key, value, laws.causal(q_len, seq), call)
 
 
 @pytest.mark.parametrize("extras", ["softcap", "sinks", "both"])
@@ -87,5 +87,7 @@ def test_softcap_and_sink_logits(case, laws, extras):
     )
     for amount in ({"fraction": 1.0}, {"top_k": 9, "sinks": 1}):
         layer = case.layer(shape, **amount)
-        out, selection = case.decode(layer, query, key, value, call=call)
-        assert bool((selection.counts == (50 if case.reads_everything else amount.get("top_k", 50))).all())
+        _, selection = case.decode(layer, query, key, value, call=call)
+        assert bool(
+            (selection.counts == (50 if case.reads_everything else amount.get("top_k", 50))).all()
+        )

@@ -12,6 +12,7 @@ from loki_attn.select.exact_topk import ExactTopK
 from loki_attn.select.loki import Loki
 
 EVERYTHING = Budget(fraction=1.0)
+NEW_TOKENS = WINDOW + 4
 PATHS = {
     "dense path": Policy(select=ExactTopK()),
     "exact top-k, selecting": Policy(select=ExactTopK(), budget=EVERYTHING),
@@ -47,8 +48,7 @@ def compare(name: str) -> Comparison:
     """Generate past the window from a left-padded batch, stock and attached."""
     model = build(name)
     batch = left_padded()
-    new = WINDOW + 4
-    tokens, logits = greedy(model, batch["ids"], new, attention_mask=batch["attention_mask"])
+    tokens, logits = greedy(model, batch["ids"], NEW_TOKENS, attention_mask=batch["attention_mask"])
     differences, same, selected, dense = {}, {}, {}, {}
     with warnings.catch_warnings():
         # Models without a full layer warn; the caller tests that by itself.
@@ -58,7 +58,7 @@ def compare(name: str) -> Comparison:
             with loki_attn.attach(model, policy, basis=basis) as attachment:
                 attachment.always_select = path != "dense path"
                 ours, our_logits = greedy(
-                    model, batch["ids"], new, attention_mask=batch["attention_mask"]
+                    model, batch["ids"], NEW_TOKENS, attention_mask=batch["attention_mask"]
                 )
                 full_layers = len(attachment.shapes)
                 selected[path] = attachment.traffic.sparse_calls

@@ -68,9 +68,7 @@ def test_any_plane_and_any_invertible_basis_are_exact_at_full_budget(name, plane
     model = build(name)
     basis = random_basis(model, orthogonal=False)
     stock, stock_logits = greedy(model, prompts(2))
-    policy = Policy(
-        select=Loki(rank=5, plane_dtype=plane_dtype), budget=Budget(fraction=1.0)
-    )
+    policy = Policy(select=Loki(rank=5, plane_dtype=plane_dtype), budget=Budget(fraction=1.0))
     with loki_attn.attach(model, policy, basis=basis) as attachment:
         attachment.always_select = True
         tokens, logits = greedy(model, prompts(2))

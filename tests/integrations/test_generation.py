@@ -6,6 +6,7 @@ import pytest
 import torch
 from sparse_policies import METHODS, sparse
 from tiny_models import build, greedy, prompts
+from transformers import cache_utils
 
 from loki_attn import Budget
 from loki_attn.errors import CacheError, InputError
@@ -13,6 +14,8 @@ from loki_attn.errors import CacheError, InputError
 # float32 through two layers; the rows that are read agree exactly.
 CLOSE = {"atol": 5e-5, "rtol": 0.0}
 HYBRID = "Gemma3 (windows)"
+# transformers 5.5 looks up prompts only if there is an end token; this one does not come.
+LOOKUP = {"max_new_tokens": 16, "do_sample": False, "eos_token_id": 1}
 
 pytestmark = pytest.mark.parametrize("method", METHODS)
 
@@ -30,6 +33,19 @@ def hybrid():
 @pytest.fixture(params=["Llama", HYBRID])
 def model(request):
     return request.getfixturevalue("llama" if request.param == "Llama" else "hybrid")
+
+
+def _decode(model, cache, ids, follow):
+    """Read `ids` at once and `follow` one by one; logits [batch, follow, vocab] of the latter."""
+    _read(model, cache, [ids])
+    return _read(model, cache, torch.split(follow, 1, 1))
+
+
+@torch.no_grad()
+def _read(model, cache, parts):
+    """Read parts of a text one after the other; their logits [batch, tokens, vocab]."""
+    logits = [model(input_ids=part, past_key_values=cache).logits for part in parts]
+    return torch.cat(logits, 1)
 
 
 def assert_same(got, expected):
@@ -53,8 +69,9 @@ def test_left_padding_changes_nothing(model, method):
     with sparse(model, method):
         alone = [greedy(model, ids) for ids in (short, long)]
         tokens, logits = greedy(model, batch, attention_mask=mask)
-    for row, (expected, ids) in enumerate(zip(alone, (short, long), strict=True)):
-        assert_same((tokens[row, 14:], logits[row]), (expected[0][0, ids.shape[1] :], expected[1][0]))
+    for row, (expected_tokens, expected_logits) in enumerate(alone):
+        expected = expected_tokens[0, -12:], expected_logits[0]
+        assert_same((tokens[row, 14:], logits[row]), expected)
 
 
 def test_right_padding_changes_nothing(llama, method):
@@ -79,16 +96,6 @@ def test_right_padding_changes_nothing(llama, method):
     torch.testing.assert_close(torch.cat(rows, 1), torch.cat(alone), **CLOSE)
 
 
-@torch.no_grad()
-def _decode(model, cache, ids, follow):
-    """Read `ids` at once and `follow` one by one; logits [batch, follow, vocab]."""
-    model(input_ids=ids, past_key_values=cache)
-    steps = [
-        model(input_ids=token, past_key_values=cache).logits for token in torch.split(follow, 1, 1)
-    ]
-    return torch.cat(steps, 1)
-
-
 def test_a_batch_is_its_rows(model, method):
     ids = prompts(3)
     with sparse(model, method):
@@ -105,11 +112,9 @@ def test_every_query_without_cache_is_decoding_step_by_step(model, method):
         at_once = model(input_ids=ids, use_cache=False).logits
         assert attachment.traffic.every_query_calls == len(attachment.shapes)
         steps = _decode(model, attachment.cache(), ids[:, :1], ids[:, 1:])
-        chunks, cache = [], attachment.cache()
-        for part in torch.split(ids, 7, 1):
-            chunks.append(model(input_ids=part, past_key_values=cache).logits)
+        chunks = _read(model, attachment.cache(), torch.split(ids, 7, 1))
     torch.testing.assert_close(steps, at_once[:, 1:], **CLOSE)
-    torch.testing.assert_close(torch.cat(chunks, 1), at_once, **CLOSE)
+    torch.testing.assert_close(chunks, at_once, **CLOSE)
 
 
 def test_decode_mode_reads_multi_token_forwards_densely(model, method):
@@ -143,22 +148,33 @@ def test_prefill_in_chunks(model, method):
 def test_prompt_lookup_rolls_back(model, method):
     """Every query selects for itself, so guessing several tokens at once changes nothing."""
     ids = prompts(1, 6).repeat(1, 4)
+    _stock_lookup(model, ids)
     with sparse(model, method, mode="every_query") as attachment:
-        expected = model.generate(ids, max_new_tokens=16, do_sample=False)
+        expected = model.generate(ids, **LOOKUP)
         calls = attachment.traffic.sparse_calls
         attachment.traffic.reset()
-        got = model.generate(ids, max_new_tokens=16, do_sample=False, prompt_lookup_num_tokens=3)
+        got = model.generate(ids, prompt_lookup_num_tokens=3, **LOOKUP)
         assert attachment.traffic.sparse_calls < calls
     assert torch.equal(got, expected)
 
 
 def test_prompt_lookup_at_full_budget_is_stock(model, method):
     ids = prompts(1, 6).repeat(1, 4)
-    stock = model.generate(ids, max_new_tokens=16, do_sample=False)
+    stock = _stock_lookup(model, ids)
     with sparse(model, method, budget=Budget(fraction=1.0)) as attachment:
         attachment.always_select = True
-        got = model.generate(ids, max_new_tokens=16, do_sample=False, prompt_lookup_num_tokens=3)
+        got = model.generate(ids, prompt_lookup_num_tokens=3, **LOOKUP)
     assert torch.equal(got, stock)
+    assert got.shape == (1, 24 + 16)
+
+
+def _stock_lookup(model, ids):
+    try:
+        return model.generate(ids, prompt_lookup_num_tokens=3, **LOOKUP)
+    except ValueError as error:
+        if "Cannot `crop` a `DynamicSlidingWindowLayer`" not in str(error):
+            raise
+        pytest.skip("this transformers cannot roll back sliding layers")
 
 
 def test_one_cache_over_two_calls_is_one_long_run(model, method):
@@ -179,6 +195,8 @@ def test_a_second_turn_reads_the_first(model, method):
 
 
 def test_reset_and_reuse(model, method):
+    if "Gemma3" in type(model).__name__ and not _stock_resets_windows():
+        pytest.skip("this transformers does not reset sliding layers")
     with sparse(model, method) as attachment:
         cache = attachment.cache()
         expected = greedy(model, prompts(2), past_key_values=cache)
@@ -190,6 +208,13 @@ def test_reset_and_reuse(model, method):
         assert_same(greedy(model, other, past_key_values=cache), greedy(model, other))
 
 
+def _stock_resets_windows():
+    layer = cache_utils.DynamicSlidingWindowLayer(sliding_window=8)
+    layer.update(torch.ones(1, 1, 4, 2), torch.ones(1, 1, 4, 2))
+    layer.reset()
+    return layer.keys is None
+
+
 def test_the_stock_model_may_begin(model, method):
     """A stock cache that is half filled goes on as if the prefill had been attached."""
     ids, follow = prompts(2, 15), prompts(2, 5, seed=6)
@@ -197,31 +222,23 @@ def test_the_stock_model_may_begin(model, method):
         stock = model(input_ids=ids, use_cache=True).past_key_values
     with sparse(model, method) as attachment:
         expected = _decode(model, attachment.cache(), ids, follow)
-        got = [
-            model(input_ids=token, past_key_values=stock).logits
-            for token in torch.split(follow, 1, 1)
-        ]
-    torch.testing.assert_close(torch.cat(got, 1), expected, **CLOSE)
+        got = _read(model, stock, torch.split(follow, 1, 1))
+    torch.testing.assert_close(got, expected, **CLOSE)
 
 
 def test_a_copied_cache_goes_its_own_way(model, method):
     ids, one, other = prompts(2), prompts(2, 4, seed=6), prompts(2, 4, seed=7)
-    with sparse(model, method) as attachment, torch.no_grad():
+    with sparse(model, method) as attachment:
         cache = attachment.cache()
-        model(input_ids=ids, past_key_values=cache)
+        _read(model, cache, [ids])
         twin = copy.deepcopy(cache)
         assert twin.layers[-1].get_seq_length() == 12
-        got = [_steps(model, cache, one), _steps(model, twin, other)]
+        got = [
+            _read(model, which, torch.split(follow, 1, 1))
+            for which, follow in ((cache, one), (twin, other))
+        ]
         expected = [_decode(model, attachment.cache(), ids, follow) for follow in (one, other)]
     torch.testing.assert_close(torch.stack(got), torch.stack(expected), **CLOSE)
-
-
-@torch.no_grad()
-def _steps(model, cache, follow):
-    steps = [
-        model(input_ids=token, past_key_values=cache).logits for token in torch.split(follow, 1, 1)
-    ]
-    return torch.cat(steps, 1)
 
 
 def test_sampling_is_reproducible(llama, method):
@@ -236,9 +253,7 @@ def test_sampling_is_reproducible(llama, method):
 def test_several_answers_of_one_prompt(llama, method):
     with sparse(llama, method):
         torch.manual_seed(5)
-        many = llama.generate(
-            prompts(), max_new_tokens=8, do_sample=True, num_return_sequences=3
-        )
+        many = llama.generate(prompts(), max_new_tokens=8, do_sample=True, num_return_sequences=3)
     assert many.shape == (3, 20)
 
 
@@ -270,23 +285,29 @@ def test_weights_are_not_to_be_had_for_every_query(llama, method):
         llama(input_ids=prompts(), output_attentions=True)
 
 
-@pytest.mark.parametrize("implementation", ["static", "quantized"])
-def test_other_caches_are_refused(llama, method, implementation):
-    options = {"cache_implementation": implementation}
-    if implementation == "quantized":
-        options["cache_config"] = {"backend": "fp8"}
-        pytest.importorskip("transformers.cache_utils").__dict__.get(
-            "Fp8QuantizedLayer"
-        ) or pytest.skip("this transformers has no quantized cache without further packages")
+OTHER_CACHES = {
+    "static": {"cache_implementation": "static"},
+    "quantized": {"cache_implementation": "quantized", "cache_config": {"backend": "fp8"}},
+}
+
+
+@pytest.mark.parametrize("cache", OTHER_CACHES)
+def test_other_caches_are_refused(method, cache):
+    if cache == "quantized" and not hasattr(cache_utils, "Fp8QuantizedLayer"):
+        pytest.skip("this transformers quantizes a cache only with further packages")
+    model = build("Llama")
     with (
-        sparse(llama, method),
+        sparse(model, method),
         pytest.raises(CacheError, match="needs the default dynamic cache"),
     ):
-        llama.generate(prompts(), max_new_tokens=3, **options)
+        model.generate(prompts(), max_new_tokens=3, **OTHER_CACHES[cache])
+
+
+BUDGETS = [Budget(mass=0.7, sinks=1), Budget(fraction=0.3, dense_below=14)]
 
 
 @pytest.mark.parametrize("group_reduce", ["softmax_sum", "max", "none"])
-@pytest.mark.parametrize("budget", [Budget(mass=0.7, sinks=1), Budget(fraction=0.3, dense_below=14)])
+@pytest.mark.parametrize("budget", BUDGETS, ids=["mass", "fraction"])
 def test_any_budget_and_any_agreement_hold_the_same_laws(llama, method, budget, group_reduce):
     with sparse(llama, method, "every_query", budget, group_reduce=group_reduce) as attachment:
         ids = prompts(2, 20)

@@ -4,7 +4,7 @@ All contenders see the same queries, keys and values, those of the dense model, 
 be judged one by one.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 import torch
@@ -28,6 +28,8 @@ PROTOCOL: Final = (
 )
 METRICS: Final = ("recall", "mass", "exact_mass", "output_error")
 
+Progress = Callable[[str], None]
+
 
 def fidelity(
     lm: LanguageModel,
@@ -38,6 +40,7 @@ def fidelity(
     window_tokens: int = 2048,
     queries: int = 64,
     corpus: str = "unnamed",
+    progress: Progress | None = None,
 ) -> list[Row]:
     """Measure recall of the exact top-k, captured mass and output error per layer.
 
@@ -49,24 +52,30 @@ def fidelity(
         window_tokens: Tokens per window.
         queries: Query positions sampled per window.
         corpus: Name of the text, for the record.
+        progress: Called with a line of news.
 
     Returns:
         One row per contender; `metrics` holds the means and, under "layers", lists per layer.
 
     Raises:
-        InputError: If the text is too short.
+        InputError: If the text is too short or the windows exceed the model's context.
     """
+    if window_tokens > lm.context_tokens:
+        raise InputError(
+            f"{window_tokens} tokens per window exceed the model's context of {lm.context_tokens}."
+        )
     if len(ids) < windows * window_tokens:
         raise InputError(
             f"{windows} windows of {window_tokens} tokens need {windows * window_tokens} tokens, "
-            f"the text has {len(ids)}."
+            f"the text has {len(ids)}; give more text, fewer or shorter windows."
         )
     probe = _Probe(contenders, queries, window_tokens)
     for index in range(windows):
         window = torch.tensor([ids[index * window_tokens : (index + 1) * window_tokens]])
         with lm.observing(probe):
-            for _ in lm.extend(None, window):
-                pass
+            lm.prefill(window)
+        if progress is not None:
+            progress(f"window {index + 1}/{windows}")
     settings = {
         "corpus": corpus,
         "windows": windows,

@@ -15,6 +15,7 @@ from loki_attn.evaluate.results import Row, make_row
 
 Protocol = Literal["every_query", "decode"]
 Progress = Callable[[str], None]
+Advance = Callable[[int], None]
 
 PROTOCOLS: Final[dict[Protocol, str]] = {
     "every_query": (
@@ -39,6 +40,7 @@ def perplexity(  # noqa: PLR0913 - each is a choice of its own, by keyword
     prefix_tokens: int = 4096,
     corpus: str = "unnamed",
     progress: Progress | None = None,
+    advance: Advance | None = None,
 ) -> list[Row]:
     """Measure contenders against dense attention on the same tokens.
 
@@ -52,6 +54,7 @@ def perplexity(  # noqa: PLR0913 - each is a choice of its own, by keyword
         prefix_tokens: Tokens read before them ("decode" only).
         corpus: Name of the text, for the record.
         progress: Called with a line of news.
+        advance: Called with the scored tokens so far, of windows * contenders * window_tokens.
 
     Returns:
         One row per contender, with mean and paired standard error of the mean.
@@ -72,10 +75,11 @@ def perplexity(  # noqa: PLR0913 - each is a choice of its own, by keyword
             f"{len(ids)}; give more text, fewer or shorter windows."
         )
     tallies = {contender.name: _Tally() for contender in contenders}
+    count = _Counter(advance)
     for index in range(windows):
         window = torch.tensor([ids[index * span : (index + 1) * span]])
         run = _decode_window if before else _whole_window
-        for contender, tally in run(lm, window, before, contenders, tallies):
+        for contender, tally in run(lm, window, before, contenders, tallies, count):
             if progress is not None:
                 progress(f"window {index + 1}/{windows}  {contender:24s} {tally.summary()}")
     settings = {
@@ -85,6 +89,20 @@ def perplexity(  # noqa: PLR0913 - each is a choice of its own, by keyword
         "prefix_tokens": before,
     }
     return [_row(lm, c, protocol, settings, tallies[c.name]) for c in contenders]
+
+
+class _Counter:
+    """Adds up scored tokens and passes the sum on."""
+
+    def __init__(self, advance: Advance | None) -> None:
+        self._advance = advance
+        self._done = 0
+
+    def __call__(self, tokens: int) -> None:
+        """Add tokens."""
+        self._done += tokens
+        if self._advance is not None:
+            self._advance(self._done)
 
 
 @dataclass
@@ -138,6 +156,7 @@ def _whole_window(
     before: int,
     contenders: Sequence[Contender],
     tallies: dict[str, _Tally],
+    count: _Counter,
 ) -> Iterator[tuple[str, _Tally]]:
     del before
     dense = torch.cat(list(lm.extend(None, window)))[:-1]
@@ -151,6 +170,7 @@ def _whole_window(
                 done += len(block)
                 tally.add(block[: rows.stop - rows.start], dense[rows], targets[rows])
             tally.calls += lm.traffic.every_query_calls
+        count(window.shape[1])
         yield contender.name, tally
 
 
@@ -160,6 +180,7 @@ def _decode_window(
     before: int,
     contenders: Sequence[Contender],
     tallies: dict[str, _Tally],
+    count: _Counter,
 ) -> Iterator[tuple[str, _Tally]]:
     prefix = lm.prefill(window[:, : before - 1])
     forced, targets = window[:, before - 1 : -1], window[0, before:]
@@ -167,7 +188,10 @@ def _decode_window(
     for contender in contenders:
         tally, cache = tallies[contender.name], lm.fork(prefix)
         with lm.using(contender.policy, contender.basis, "decode"):
-            steps = [next(lm.extend(cache, token)) for token in forced.T[:, None]]
+            steps = []
+            for token in forced.T[:, None]:
+                steps.append(next(lm.extend(cache, token)))
+                count(1)
             tally.calls += lm.traffic.sparse_calls
             tally.read_bytes += lm.traffic.read_bytes
             tally.dense_bytes += lm.traffic.dense_bytes

@@ -11,6 +11,7 @@ from loki_attn.errors import InputError
 from loki_attn.types import AttentionCall, AttentionOutput, GroupReduce, Selection
 
 NEG_INF = float("-inf")
+_QUERY_BLOCK = 256
 
 
 def score(query: Tensor, plane: Tensor, scales: Tensor | None, call: AttentionCall) -> Tensor:
@@ -215,12 +216,11 @@ def dense(
         [batch, heads, q_len, value_dim] in the query's dtype.
     """
     q_len, seq = query.shape[2], keys.shape[2]
-    if visible is None and causal and 1 < q_len != seq:
+    plain = call.softcap is None and call.sink_logits is None
+    if visible is None and causal and q_len > 1 and not (plain and q_len == seq):
         visible = causal_mask(q_len, seq, query.device)
-    if call.softcap is not None or call.sink_logits is not None:
-        if visible is None and causal and q_len > 1:
-            visible = causal_mask(q_len, seq, query.device)
-        return attend_masked(query, keys, values, visible, call).output
+    if not plain:
+        return _dense_blocks(query, keys, values, visible, call)
     if q_len == 1:
         return _dense_step(query, keys, values, visible, call)
     out = functional.scaled_dot_product_attention(
@@ -232,7 +232,7 @@ def dense(
         scale=call.scaling,
         enable_gqa=query.shape[1] != keys.shape[1],
     )
-    if visible is None and not causal:
+    if visible is None and (not causal or bool(torch.isfinite(out).all())):
         return out
     if visible is None:
         visible = causal_mask(q_len, seq, query.device)
@@ -259,13 +259,25 @@ def _dense_step(
     return out if visible is None else _without_leaks(out, query, keys, values, visible, call)
 
 
+def _dense_blocks(
+    query: Tensor, keys: Tensor, values: Tensor, visible: Tensor | None, call: AttentionCall
+) -> Tensor:
+    """What the fused kernel cannot express, a block of queries at a time to bound the memory."""
+    blocks = []
+    for start in range(0, query.shape[2], _QUERY_BLOCK):
+        block = slice(start, start + _QUERY_BLOCK)
+        seen = None if visible is None else visible[:, :, block]
+        blocks.append(attend_masked(query[:, :, block], keys, values, seen, call).output)
+    return torch.cat(blocks, 2)
+
+
 def _without_leaks(
     out: Tensor, query: Tensor, keys: Tensor, values: Tensor, visible: Tensor, call: AttentionCall
 ) -> Tensor:
     """Redo what the fused kernel spoilt: it lets NaN and infinity through its mask."""
     if bool(torch.isfinite(out).all()):
         return out.masked_fill(~visible.any(-1, keepdim=True), 0.0)
-    return attend_masked(query, keys, values, visible, call).output
+    return _dense_blocks(query, keys, values, visible, call)
 
 
 def _nth_best(ranked: Tensor, counts: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from loki_attn.models.fetch import (
 )
 from loki_attn.models.identity import fingerprint
 from loki_attn.models.noise import first_line, quiet
-from loki_attn.models.sources import DEFAULT_MODEL, SOURCES, ModelSource, cache_root
+from loki_attn.models.sources import DEFAULT_MODEL, SOURCES, ModelSource, basis_path, cache_root
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -30,6 +30,7 @@ __all__ = [
     "DEFAULT_MODEL",
     "SOURCES",
     "ModelSource",
+    "basis_path",
     "cache_root",
     "check_sha256",
     "convert_gguf",

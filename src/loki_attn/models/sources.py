@@ -55,3 +55,13 @@ def cache_root() -> Path:
     """The folder for what is downloaded: `loki-attn` in `$XDG_CACHE_HOME` or `~/.cache`."""
     base = os.environ.get("XDG_CACHE_HOME")
     return (Path(base) if base else Path.home() / ".cache") / "loki-attn"
+
+
+def basis_path(model: str, kind: str) -> Path:
+    """The cache's file for a basis of a model, by the name that the user gives the model.
+
+    Another model of the same name finds the same file, and the basis in it refuses that model.
+    """
+    folder = Path(model).expanduser()
+    name = folder.resolve().name if folder.is_dir() else model.replace("/", "--")
+    return cache_root() / "bases" / f"{name}-{kind}.safetensors"

@@ -203,6 +203,8 @@ class Attachment:
         self.attached = False
         for hook in self._hooks:
             hook.remove()
+        for state in self._states.values():
+            _let_go(state)
         for module in self._modules:
             if hasattr(module, STATE):
                 delattr(module, STATE)
@@ -250,9 +252,7 @@ class Attachment:
         """Let go of the forward's cache, and notice when the attention function was passed by."""
         del args
         state: LayerState = getattr(module, STATE)
-        if state.layer is not None:
-            state.layer.armed = False
-        state.layer = state.rotary = None
+        _let_go(state)
         failed = output is None
         if not failed and state.policy is not None and not state.called:
             raise LokiAttnError(
@@ -337,6 +337,13 @@ def _register() -> None:
     """Make the attention function and its masks known; other names are untouched."""
     AttentionInterface.register(IMPLEMENTATION, loki_attention)
     AttentionMaskInterface.register(IMPLEMENTATION, sdpa_mask)
+
+
+def _let_go(state: LayerState) -> None:
+    """End a forward: its cache may not be updated by anybody else."""
+    if state.layer is not None:
+        state.layer.armed = False
+    state.layer = state.rotary = None
 
 
 def _implementations(model: PreTrainedModel) -> list[tuple[PreTrainedConfig, str | None]]:

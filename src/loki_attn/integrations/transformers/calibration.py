@@ -92,7 +92,8 @@ def collect_stats(
         The moments and their provenance.
 
     Raises:
-        InputError: If there is less than one window of tokens, or `partial` is of another run.
+        InputError: If there is less than one window of tokens, a window exceeds the model's
+            context, or `partial` is of another run.
     """
     count = min(int(ids.numel()), tokens) // window
     if count == 0:
@@ -100,6 +101,7 @@ def collect_stats(
             f"Calibration needs at least one window of {window} tokens, the text has "
             f"{int(ids.numel())} (asked for {tokens}); give more text or a smaller window."
         )
+    _check_context(model, window)
     run: dict[str, JSON] = {
         "model": identity(model),
         "corpus": dict(corpus or {}),
@@ -177,10 +179,20 @@ def _resume(partial: Path | None, run: Mapping[str, JSON]) -> tuple[KeyStats, in
     if partial is None or not partial.exists():
         return KeyStats(), 0
     stats, record = KeyStats.load(partial)
-    done = record.pop("windows_done")
-    if record != dict(run):
+    done = record.pop("windows_done", None)
+    if not isinstance(done, int) or record != dict(run):
         raise InputError(
-            f"{partial} holds the beginning of another calibration (other model, text or window); "
-            "delete it to start anew."
+            f"'{partial}' holds the beginning of another calibration (other model, text, tokens, "
+            "window or versions); delete it to start anew (`loki-attn calibrate --no-resume`)."
         )
-    return stats, int(str(done))
+    return stats, done
+
+
+def _check_context(model: PreTrainedModel, window: int) -> None:
+    """Refuse windows whose last positions the model has never been trained on."""
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if limit is not None and window > limit:
+        raise InputError(
+            f"Windows of {window} tokens exceed the model's context of {limit}; use a window of at "
+            f"most {limit}."
+        )

@@ -1,7 +1,7 @@
 """TransformersLM: what `evaluate` needs of a language model, served by transformers."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Final, Self
 
@@ -16,6 +16,8 @@ from loki_attn.integrations.transformers.function import Observer, Traffic
 from loki_attn.integrations.transformers.identity import identity
 from loki_attn.policy import Policy, as_policy
 from loki_attn.types import Mode
+
+Progress = Callable[[int, int], None]
 
 _LOGIT_ROWS: Final = 256
 
@@ -91,11 +93,30 @@ class TransformersLM:
         finally:
             self._attachment.observe(None)
 
-    def prefill(self, ids: Tensor) -> Cache:
-        """Read tokens int64 [batch, n] into a new cache; logits are not computed."""
-        cache = self._attachment.cache(reserve_tokens=ids.shape[1] + 64)
-        with torch.inference_mode():
-            self.model.base_model(input_ids=ids, past_key_values=cache, use_cache=True)
+    def prefill(
+        self,
+        ids: Tensor,
+        *,
+        reserve_tokens: int = 64,
+        chunk_tokens: int | None = None,
+        progress: Progress | None = None,
+    ) -> Cache:
+        """Read tokens int64 [batch, n] into a new cache; logits are not computed.
+
+        Args:
+            ids: The tokens.
+            reserve_tokens: Room for tokens that will follow.
+            chunk_tokens: Tokens per forward; None reads all at once.
+            progress: Called after every forward with the tokens done and the tokens to do.
+        """
+        total = ids.shape[1]
+        cache, done = self._attachment.cache(reserve_tokens=total + reserve_tokens), 0
+        for chunk in torch.split(ids, chunk_tokens or total, dim=1):
+            with torch.inference_mode():
+                self.model.base_model(input_ids=chunk, past_key_values=cache, use_cache=True)
+            done += chunk.shape[1]
+            if progress is not None:
+                progress(done, total)
         return cache
 
     def fork(self, cache: Cache) -> Cache:

@@ -88,6 +88,10 @@ class LokiLayer(DynamicLayer):
         """Rows after the next update, and their offset."""
         return self.rows.length + int(query_length), 0
 
+    def get_max_length(self) -> int:
+        """No limit."""
+        return -1
+
     def get_max_cache_shape(self) -> int:
         """No limit; the name that transformers used up to 5.10."""
         return -1

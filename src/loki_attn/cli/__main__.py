@@ -1,0 +1,5 @@
+"""`python -m loki_attn.cli`, the same as `loki-attn`."""
+
+from loki_attn.cli import main
+
+main()

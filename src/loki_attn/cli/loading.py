@@ -1,0 +1,142 @@
+"""From what a user types to models, texts, policies and bases."""
+
+import json
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, get_args
+
+from loki_attn.cli import terminal
+from loki_attn.errors import BasisError, InputError, unknown_name
+
+if TYPE_CHECKING:
+    from loki_attn.basis import Basis
+    from loki_attn.policy import Policy
+
+_DTYPES: Final = ("auto", "float32", "bfloat16", "float16")
+# Which cached basis is looked for, the best first.
+_KINDS: Final[tuple[str, ...]] = ("balanced", "mixed", "pca")
+_ORTHOGONAL_KINDS: Final[tuple[str, ...]] = ("pca",)
+_BASIS_FIELD: Final = re.compile(r"([:,]basis=)([^,]+)")
+# Commas inside brackets belong to a list, as in dense_layers=[0,1].
+_BETWEEN_FIELDS: Final = re.compile(r",(?![^\[]*\])")
+
+
+def known(what: str, got: str, literal: Any) -> Any:
+    """Return `got` if it is one of a `Literal`'s values.
+
+    Raises:
+        UnknownNameError: If it is not; the text lists them and the nearest.
+    """
+    if got not in get_args(literal):
+        raise unknown_name(what, got, get_args(literal))
+    return got
+
+
+def load_model(name: str, dtype: str) -> tuple[Any, Any]:
+    """Load a model and its tokenizer by a name that `loki_attn.models` understands.
+
+    Raises:
+        UnknownNameError: If the dtype or the model is not known.
+        ModelError: If the model cannot be had.
+    """
+    if dtype not in _DTYPES:
+        raise unknown_name("dtype", dtype, _DTYPES)
+    import torch
+
+    from loki_attn import models
+
+    with terminal.waiting(f"loading {name}"):
+        return models.load(
+            name, dtype="auto" if dtype == "auto" else getattr(torch, dtype), progress=terminal.say
+        )
+
+
+def load_text(path: Path | None, packaged: str) -> tuple[str, str]:
+    """Return the name and the content of the user's text, or of a packaged one.
+
+    Raises:
+        InputError: If the file is missing, empty or not UTF-8.
+    """
+    from loki_attn import texts
+
+    if path is None:
+        return f"loki-attn:{packaged}", texts.load(packaged)
+    return path.name, texts.read_file(path)
+
+
+def parse_policy(spec: str, **overrides: Any) -> "tuple[Policy, Path | None]":
+    """Read a policy as it is typed: a preset, changes after a colon, or a JSON file.
+
+    Args:
+        spec: For instance "loki", "loki:top_k=256,rank=16,basis=FILE" or "mine.json".
+        overrides: Further fields; None leaves the preset's.
+
+    Returns:
+        The policy, and the basis file that the spec names, if any.
+
+    Raises:
+        InputError: If a change is not of the form name=value, or the policy is refused.
+    """
+    from loki_attn.policy import as_policy
+
+    name, colon, changes = spec.partition(":")
+    if spec.endswith(".json"):
+        name, colon, changes = spec, "", ""
+    fields = {key: value for key, value in overrides.items() if value is not None}
+    for change in _BETWEEN_FIELDS.split(changes) if colon else ():
+        key, equals, value = change.partition("=")
+        if not (key and equals and value):
+            raise InputError(
+                f"Cannot read {change!r} in policy {spec!r}; write it like loki:top_k=256,rank=16."
+            )
+        fields[key.strip().replace("-", "_")] = _value(value.strip())
+    basis = fields.pop("basis", None)
+    return as_policy(name, **fields), None if basis is None else Path(str(basis))
+
+
+def label(spec: str) -> str:
+    """A policy's name in tables and records: as it was typed, without the folders of its files."""
+    if spec.endswith(".json"):
+        return Path(spec).stem
+    return _BASIS_FIELD.sub(lambda found: found[1] + Path(found[2]).stem, spec)
+
+
+def find_basis(policy: "Policy", model: str, given: Path | None) -> "tuple[Path, Basis] | None":
+    """Load the basis that a policy needs: the given one, or the cached one of this model.
+
+    Returns:
+        The file and the basis, or None where the method needs none.
+
+    Raises:
+        BasisError: If there is none, or it cannot be read.
+    """
+    from loki_attn.basis import Basis
+    from loki_attn.models import basis_path
+    from loki_attn.select.loki import Loki
+
+    if not policy.select.needs_basis:
+        return None
+    if given is not None:
+        return given, Basis.load(given)
+    match policy.select:
+        case Loki(layout="rotated"):
+            kinds = _ORTHOGONAL_KINDS
+        case _:
+            kinds = _KINDS
+    for kind in kinds:
+        path = basis_path(model, kind)
+        if path.is_file():
+            return path, Basis.load(path)
+    wish = "" if kinds[0] == "balanced" else f" --kind {kinds[0]}"
+    raise BasisError(
+        f"Policy {policy.name!r} needs a basis and there is none of {model!r} yet; run "
+        f"`loki-attn calibrate --model {model}{wish}` once, or give --basis FILE."
+    )
+
+
+def _value(text: str) -> Any:
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError:
+        return text
+    return tuple(value) if isinstance(value, list) else value

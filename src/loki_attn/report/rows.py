@@ -1,0 +1,133 @@
+"""Rows, checked and sorted into sections of what may stand in one table."""
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final, final
+
+from loki_attn.errors import InputError
+
+_Row = Mapping[str, Any]
+
+_FIELDS: Final[dict[str, type]] = {
+    "task": str,
+    "protocol": str,
+    "contender": str,
+    "model": Mapping,
+    "policy": Mapping,
+    "settings": Mapping,
+    "metrics": Mapping,
+    "provenance": Mapping,
+    "n": int,
+}
+_REQUIRED: Final[dict[str, tuple[str, ...]]] = {
+    "perplexity": ("perplexity", "kl_to_dense"),
+    "fidelity": ("recall", "mass"),
+    "passkey": ("accuracy",),
+    "calibration": ("rank_at_90",),
+    "generation": ("tokens_per_s", "read_bytes_per_token"),
+    "quiz": ("correct",),
+}
+_NOUNS: Final = {str: "a text", int: "a whole number", Mapping: "an object"}
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Section:
+    """Rows of one task, model and protocol.
+
+    Attributes:
+        task: What was measured.
+        model: Id of the model.
+        protocol: How it was measured.
+        rows: The newest row of each contender and setting, in order of arrival.
+        common: Settings that all rows share.
+        varying: Names of the settings that differ between them.
+        superseded: Older rows of the same contender and settings, left out.
+    """
+
+    task: str
+    model: str
+    protocol: str
+    rows: tuple[_Row, ...]
+    common: Mapping[str, Any] = field(default_factory=dict)
+    varying: tuple[str, ...] = ()
+    superseded: int = 0
+
+
+def sections(rows: Iterable[_Row]) -> list[Section]:
+    """Check rows and sort them by task, model and protocol, in order of arrival.
+
+    Raises:
+        InputError: If there are none, or one lacks something; the text says which and what.
+    """
+    groups: dict[tuple[str, str, str], list[_Row]] = {}
+    for number, row in enumerate(rows, 1):
+        _check(row, number)
+        place = (row["task"], str(row["model"].get("id", "unnamed")), row["protocol"])
+        groups.setdefault(place, []).append(row)
+    if not groups:
+        raise InputError("There are no rows to report; measure something first.")
+    return [_section(*place, found) for place, found in groups.items()]
+
+
+def is_dense(row: _Row) -> bool:
+    """Whether a row is of the dense reference."""
+    select = row["policy"].get("select")
+    return isinstance(select, Mapping) and select.get("method") == "dense"
+
+
+def _section(task: str, model: str, protocol: str, rows: list[_Row]) -> Section:
+    newest: dict[str, _Row] = {}
+    for row in rows:
+        parts = [row["contender"], row["policy"], row.get("basis"), row["settings"]]
+        key = json.dumps(parts, sort_keys=True, default=str)
+        newest.pop(key, None)
+        newest[key] = row
+    kept = tuple(newest.values())
+    names = dict.fromkeys(name for row in kept for name in row["settings"])
+    varying = tuple(n for n in names if len({_spelt(row["settings"].get(n)) for row in kept}) > 1)
+    return Section(
+        task=task,
+        model=model,
+        protocol=protocol,
+        rows=kept,
+        common={n: v for n, v in kept[0]["settings"].items() if n not in varying},
+        varying=varying,
+        superseded=len(rows) - len(kept),
+    )
+
+
+def _check(row: object, number: int) -> None:
+    if not isinstance(row, Mapping):
+        raise InputError(f"Row {number} is {type(row).__name__}; expected an object.")
+    where = f"Row {number} (task {row.get('task')!r}, contender {row.get('contender')!r})"
+    for name, kind in _FIELDS.items():
+        if not isinstance(row.get(name), kind) or isinstance(row.get(name), bool):
+            got = "nothing" if name not in row else repr(row[name])[:60]
+            raise InputError(f"{where} needs {_NOUNS[kind]} under {name!r}, got {got}.")
+    if row["n"] < 1:
+        raise InputError(f"{where} averages over n={row['n']} items; expected 1 or more.")
+    for name in _REQUIRED.get(row["task"], ()):
+        value = row["metrics"].get(name)
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            got = "nothing" if name not in row["metrics"] else repr(value)[:60]
+            raise InputError(f"{where} needs a number under 'metrics.{name}', got {got}.")
+    _check_layers(row, where)
+
+
+def _check_layers(row: _Row, where: str) -> None:
+    layers = row["metrics"].get("layers")
+    if layers is None:
+        return
+    if not isinstance(layers, Mapping) or not all(isinstance(v, list) for v in layers.values()):
+        raise InputError(f"{where} needs lists under 'metrics.layers', one number per layer.")
+    if "index" not in layers or len({len(v) for v in layers.values()}) != 1:
+        raise InputError(
+            f"{where} has lists of different lengths under 'metrics.layers', or no 'index' there; "
+            "expected one number per layer in each."
+        )
+
+
+def _spelt(value: object) -> str:
+    return json.dumps(value, sort_keys=True, default=str)

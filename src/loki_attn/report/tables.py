@@ -1,0 +1,285 @@
+"""Markdown: tables of rows, figures with their data, and where the figures come from."""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, Literal, final
+
+from loki_attn.report.rows import Section, is_dense
+
+Best = Literal["low", "high"] | None
+MISSING: Final = "-"
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class FigureFile:
+    """A drawn figure with all that a reader who cannot see it needs.
+
+    Attributes:
+        name: Part of its file's name.
+        title: One line.
+        alt: What it shows, in words and figures.
+        header: Names of the columns of its data.
+        data: The plotted values.
+        png: The picture.
+    """
+
+    name: str
+    title: str
+    alt: str
+    header: tuple[str, ...]
+    data: tuple[tuple[str, ...], ...]
+    png: bytes
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class _Column:
+    """One metric: its heading, how it is written, its standard error, which end is good."""
+
+    head: str
+    metric: str
+    form: str = ".3f"
+    error: str | None = None
+    best: Best = None
+    scale: float = 1.0
+
+
+_KIB: Final = 1 / 1024
+_COLUMNS: Final[dict[str, tuple[_Column, ...]]] = {
+    "perplexity": (
+        _Column(head="perplexity", metric="perplexity", best="low"),
+        _Column(
+            head="nll - dense", metric="nll_delta", form="+.4f", error="nll_delta_standard_error"
+        ),
+        _Column(
+            head="KL to dense",
+            metric="kl_to_dense",
+            form=".4f",
+            error="kl_standard_error",
+            best="low",
+        ),
+        _Column(head="same top token", metric="top1_agreement", form=".1%", best="high"),
+        _Column(head="KV bytes read", metric="read_bytes_share", form=".1%"),
+    ),
+    "fidelity": (
+        _Column(head="recall of exact top-k", metric="recall", best="high"),
+        _Column(head="captured mass", metric="mass", form=".4f", best="high"),
+        _Column(head="mass of exact top-k", metric="exact_mass", form=".4f"),
+        _Column(head="output error", metric="output_error", form=".4f", best="low"),
+    ),
+    "passkey": (
+        _Column(head="accuracy", metric="accuracy", form=".0%", error="accuracy", best="high"),
+        _Column(head="token accuracy", metric="token_accuracy", form=".0%", best="high"),
+    ),
+    "calibration": (
+        _Column(head="rank at 90 %, mean", metric="rank_at_90", form=".1f"),
+        _Column(head="lowest layer", metric="rank_at_90_lowest", form=".1f"),
+        _Column(head="highest layer", metric="rank_at_90_highest", form=".1f"),
+        _Column(head="of head_dim", metric="head_dim", form=".0f"),
+    ),
+    "generation": (
+        _Column(head="decode tokens/s", metric="tokens_per_s", form=".2f"),
+        _Column(
+            head="KV KiB read per token", metric="read_bytes_per_token", form=",.0f", scale=_KIB
+        ),
+        _Column(head="of dense", metric="read_bytes_share", form=".1%"),
+        _Column(head="selecting calls", metric="selecting_calls", form=",.0f"),
+        _Column(head="first tokens as dense", metric="same_tokens", form=".0f"),
+    ),
+    "quiz": (
+        _Column(head="right", metric="correct", form=".0%"),
+        _Column(head="answer", metric="answer", form=""),
+        _Column(head="selecting calls", metric="selecting_calls", form=",.0f"),
+    ),
+}
+_WITHOUT_BUDGET: Final = {"calibration"}
+_TITLES: Final = {
+    "perplexity": "Perplexity and divergence from dense",
+    "fidelity": "What the selection keeps of dense attention",
+    "passkey": "Passkey",
+    "calibration": "Rank of the keys",
+    "generation": "Generation",
+    "quiz": "Question",
+}
+
+
+def section_block(section: Section) -> str:
+    """A section's heading, conditions and table."""
+    columns = _COLUMNS.get(section.task) or _any_columns(section)
+    columns = tuple(c for c in columns if any(c.metric in r["metrics"] for r in section.rows))
+    budget = [] if section.task in _WITHOUT_BUDGET else ["budget"]
+    parts = [
+        f"## {_TITLES.get(section.task, section.task.capitalize())} ({cell(section.model)})",
+        _conditions(section),
+        table(
+            ("contender", *section.varying, *budget, *(c.head for c in columns), "n"),
+            _body(section, columns),
+        ),
+    ]
+    if section.superseded:
+        parts.append(f"{section.superseded} older rows of the same runs are left out.")
+    return "\n\n".join(parts)
+
+
+def figure_block(figure: FigureFile, link: str) -> str:
+    """A figure with its alt text, and its data folded away."""
+    alt = figure.alt.replace("[", "(").replace("]", ")")
+    return (
+        f"![{alt}]({link})\n\n<details><summary>{figure.title}: the data</summary>\n\n"
+        f"{table(figure.header, figure.data)}\n\n</details>"
+    )
+
+
+def origin_block(found: Sequence[Section]) -> str:
+    """What the figures were measured with, and where."""
+    rows = [row for section in found for row in section.rows]
+    origins = [row["provenance"] for row in rows]
+    models = {}
+    for row in rows:
+        models[str(row["model"].get("id"))] = str(row["model"].get("hash") or "unknown")[:12]
+    times = sorted(str(o["time"]) for o in origins if o.get("time"))
+    facts = {
+        "model": [f"{name} (weights {digest})" for name, digest in models.items()],
+        "commit": _distinct(origins, "commit"),
+        "versions": [_versions(o) for o in origins],
+        "machine": [_machine(o) for o in origins],
+        "threads": _distinct(origins, "threads"),
+        "time": [times[0] if times[0] == times[-1] else f"{times[0]} to {times[-1]}"]
+        if times
+        else [],
+    }
+    lines = (
+        (name, "; ".join(dict.fromkeys(values)) or "unknown") for name, values in facts.items()
+    )
+    parts = ["## Where the figures come from", table(("what", "value"), list(lines))]
+    policies = dict.fromkeys(_policy(r) for r in rows if r["task"] not in _WITHOUT_BUDGET)
+    if policies:
+        parts.append(table(("contender", "policy", "basis"), list(policies)))
+    return "\n\n".join(parts)
+
+
+def table(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+    """A Markdown table."""
+    rule = ["---"] * len(header)
+    lines = [[cell(value) for value in line] for line in (header, rule, *body)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def cell(value: object) -> str:
+    """A text that no table is broken by."""
+    return " ".join(str(value).split()).replace("|", "\\|").replace("<", "&lt;")
+
+
+def budget_of(row: Mapping[str, Any]) -> str:
+    """How much a contender reads, in a few characters."""
+    budget = row["policy"].get("budget")
+    known = budget if isinstance(budget, Mapping) else {}
+    names = ("top_k", "fraction", "mass")
+    parts = [f"{n}={known[n]}" for n in names if known.get(n) is not None]
+    return ", ".join(parts) or ("all" if is_dense(row) else MISSING)
+
+
+def written(value: object, form: str) -> str:
+    """A number in a format, or the text itself."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, bool) or not isinstance(value, int | float) or math.isnan(value):
+        return MISSING
+    return format(value, form)
+
+
+def error_of(row: Mapping[str, Any], metric: str) -> float | None:
+    """The standard error of a metric: as stated, or a share's by its n; None if unknown."""
+    value = row["metrics"].get(metric)
+    if metric == "accuracy" and isinstance(value, int | float):
+        return math.sqrt(value * (1 - value) / row["n"]) if 0 <= value <= 1 else None
+    known = isinstance(value, int | float) and math.isfinite(value)
+    return float(value) if known else None
+
+
+def _body(section: Section, columns: Sequence[_Column]) -> list[list[str]]:
+    body = []
+    for row in section.rows:
+        peers = [r for r in section.rows if _setting(r, section) == _setting(row, section)]
+        line = [row["contender"], *_setting(row, section)]
+        line += [] if section.task in _WITHOUT_BUDGET else [budget_of(row)]
+        for column in columns:
+            text = _value(row, column)
+            best = text != MISSING and _is_best(row, column, peers)
+            line.append(_with_error(row, column, f"**{text}**" if best else text))
+        body.append([*line, str(row["n"])])
+    return body
+
+
+def _value(row: Mapping[str, Any], column: _Column) -> str:
+    value = row["metrics"].get(column.metric)
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return written(value * column.scale if number else value, column.form)
+
+
+def _with_error(row: Mapping[str, Any], column: _Column, text: str) -> str:
+    error = None if column.error is None else error_of(row, column.error)
+    return text if error is None else f"{text} ± {format(error, column.form.lstrip('+'))}"
+
+
+def _is_best(row: Mapping[str, Any], column: _Column, peers: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether no other sparse contender reads better, as written; alone nobody is best."""
+    rivals = [p for p in peers if not is_dense(p) and _value(p, column) != MISSING]
+    if column.best is None or is_dense(row) or len(rivals) < 2:
+        return False
+    pick = min if column.best == "low" else max
+    best = pick(rivals, key=lambda r: float(r["metrics"][column.metric]))
+    return _value(best, column) == _value(row, column)
+
+
+def _setting(row: Mapping[str, Any], section: Section) -> list[str]:
+    return [cell(row["settings"].get(name, MISSING)) for name in section.varying]
+
+
+def _conditions(section: Section) -> str:
+    words = [f"{name.replace('_', ' ')} {value}" for name, value in section.common.items()]
+    settings = f"\n\nSettings: {cell(', '.join(words))}." if words else ""
+    protocol = cell(section.protocol).rstrip(".")
+    return f"{protocol[:1].upper()}{protocol[1:]}.{settings}"
+
+
+def _any_columns(section: Section) -> tuple[_Column, ...]:
+    """Columns of a task that is not known here: every number, unjudged."""
+    names = dict.fromkeys(
+        name
+        for row in section.rows
+        for name, value in row["metrics"].items()
+        if isinstance(value, int | float | str) and not isinstance(value, bool)
+    )
+    return tuple(_Column(head=n.replace("_", " "), metric=n, form=".4g") for n in names)
+
+
+def _distinct(origins: Sequence[Mapping[str, Any]], name: str) -> list[str]:
+    return [str(o[name]) for o in origins if o.get(name) is not None]
+
+
+def _versions(origin: Mapping[str, Any]) -> str:
+    versions = origin.get("versions")
+    known = dict(versions) if isinstance(versions, Mapping) else {}
+    parts = [f"{name} {version}" for name, version in known.items() if version]
+    return ", ".join([*parts, f"Python {origin.get('python', 'unknown')}"])
+
+
+def _policy(row: Mapping[str, Any]) -> tuple[str, str, str]:
+    policy = {name: value for name, value in row["policy"].items() if name != "name"}
+    return row["contender"], f"`{json.dumps(policy, sort_keys=True)}`", _basis(row.get("basis"))
+
+
+def _basis(basis: object) -> str:
+    if not isinstance(basis, Mapping):
+        return MISSING
+    corpus = basis.get("corpus")
+    named = f" of {corpus.get('name')}" if isinstance(corpus, Mapping) else ""
+    return f"{basis.get('kind')}, {basis.get('tokens', 'unknown')} tokens{named}"
+
+
+def _machine(origin: Mapping[str, Any]) -> str:
+    return ", ".join(str(origin[n]) for n in ("processor", "machine") if origin.get(n)) or "unknown"

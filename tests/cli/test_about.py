@@ -1,0 +1,115 @@
+"""methods, doctor and demo."""
+
+import sys
+from types import ModuleType
+
+import pytest
+
+from loki_attn.cli.methods import introduction
+from loki_attn.kernels import backends
+from loki_attn.policy import methods, presets
+
+
+def test_methods(loki):
+    done = loki("methods")
+    assert done.stderr == ""
+    for name in (*methods(), *presets(), "2406.02542", "2309.17453"):
+        assert name in done.stdout
+
+
+def test_methods_json(loki):
+    found = loki("methods", "--json").json
+    by_name = {method["method"]: method for method in found["methods"]}
+    assert by_name.keys() == methods().keys()
+    loki_method = by_name["loki"]
+    assert loki_method["verb"] == "select"
+    assert loki_method["needs_basis"] is True
+    assert loki_method["arxiv"] == "2406.02542"
+    assert "T * (rank + 2)" in loki_method["bytes_read"]
+    assert all(method["what"] and method["bytes_read"] for method in found["methods"])
+    assert {preset["policy"] for preset in found["presets"]} == set(presets())
+
+
+def test_introduction():
+    text = "Name: title.\n\nPaper: A: B\narXiv: 1\nBytes read: x\n    and y.\n\nOther prose.\n"
+    assert introduction(text) == {
+        "Name": "title.",
+        "Paper": "A: B",
+        "arXiv": "1",
+        "Bytes read": "x and y.",
+    }
+
+
+def test_doctor(loki, calibrate, cache):
+    calibrate()
+    done = loki("doctor")
+    assert done.code == 0
+    for word in ("torch", "reference", "transformers", "tiny-balanced.safetensors", "threads"):
+        assert word in done.stdout
+
+
+def test_doctor_json(loki, calibrate, cache):
+    calibrate()
+    (cache / "bases" / "bad-pca.safetensors").write_bytes(b"junk")
+    (cache / "bases" / "x.safetensors.partial").write_bytes(b"junk")
+    model = cache / "models" / "mine"
+    model.mkdir(parents=True)
+    (model / "config.json").write_text("{}")
+    found = loki("doctor", "--json").json
+    assert set(found) == {
+        "versions",
+        "cpu",
+        "threads",
+        "gpu",
+        "backends",
+        "optional",
+        "cache",
+    }
+    assert found["versions"].keys() == {"python", "loki-attn", "torch", "numpy", "safetensors"}
+    assert found["threads"]["torch"] == 1
+    assert {b["name"] for b in found["backends"]["probed"]} == set(backends.names())
+    assert found["cache"]["folder"] == str(cache)
+    assert found["cache"]["models"] == [{"name": "mine", "bytes": 0}]
+    assert "smollm2-135m" in found["cache"]["installable"]
+    bad, good = found["cache"]["bases"]
+    assert bad["problem"]
+    assert good == {"file": "tiny-balanced.safetensors", "kind": "balanced", "problem": None}
+    assert found["cache"]["unfinished"] == ["x.safetensors.partial"]
+
+
+def test_doctor_says_what_is_rejected(loki, monkeypatch):
+    monkeypatch.setattr(backends, "names", lambda: ("native", "reference"))
+    monkeypatch.setenv("LOKI_ATTN_BACKEND", "native")
+    monkeypatch.setattr(backends, "probe", lambda name: backends.Rejected(name, "no compiler"))
+    done = loki("doctor")
+    assert done.code == 0
+    assert "no compiler" in done.stdout
+    assert "rejected" in done.stdout
+    found = loki("doctor", "--json").json["backends"]
+    assert found["chosen"] is None
+    assert "'native' was asked for but no compiler" in found["problem"]
+
+
+@pytest.fixture
+def demo(monkeypatch):
+    """Put a demo in place that only notes what it is asked, and fails."""
+    calls = []
+
+    def run(model, out, console, fast):
+        console.print("hello")
+        calls.append((model, str(out), fast))
+        return 3
+
+    fake = ModuleType("loki_attn.demo")
+    fake.run = run
+    monkeypatch.setitem(sys.modules, "loki_attn.demo", fake)
+    return calls
+
+
+def test_demo(loki, demo):
+    done = loki("demo")
+    assert (done.code, done.stdout) == (3, "hello\n")
+    done = loki("demo", "--model", "m", "--out", "o", "--fast", "--json")
+    assert done.json == {"out": "o", "model": "m", "exit_code": 3}
+    assert done.stderr == "hello\n"
+    assert demo == [("smollm2-135m", "demo", False), ("m", "o", True)]
