@@ -11,9 +11,9 @@ import safetensors.torch
 import torch
 
 from loki_attn.basis import Basis, LayerBasis
-from loki_attn.key_stats import KeyStats
 from loki_attn.errors import BasisError, InputError
 from loki_attn.fitting import fit
+from loki_attn.key_stats import KeyStats
 
 MODEL = {"id": "some/model", "hash": "abc", "rope": {"theta": 1e4}}
 PROVENANCE = {

@@ -5,7 +5,7 @@ from fractions import Fraction
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from loki_attn.budget import Budget
@@ -35,6 +35,8 @@ def test_counts(budget, expected):
 
 
 @given(percent=st.integers(1, 100), visible=st.integers(1, 20_000))
+@example(percent=7, visible=100)
+@example(percent=28, visible=25)
 def test_a_fraction_rounds_up_but_not_for_a_rounding_error(percent, visible):
     exact = math.ceil(Fraction(percent, 100) * visible)
     assert counts(Budget(fraction=percent / 100), visible) == [exact]

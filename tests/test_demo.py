@@ -131,8 +131,8 @@ def test_screen_shows_each_part_in_order(shown):
 def test_second_run_takes_the_basis_and_another_text_does_not(
     model_folder, cache_home, shown, tmp_path, monkeypatch
 ):
-    kept = Basis.load(cache_home / "tiny-llama-fast-balanced.safetensors")
-    assert kept.kind == "balanced"
+    kept = Basis.load(cache_home / "tiny-llama-fast-mixed.safetensors")
+    assert kept.kind == "mixed"
     assert not list(cache_home.glob("*partial*"))
     screen = io.StringIO()
     monkeypatch.setattr(loki_attn.demo.continuation, "continue_text", interrupt)

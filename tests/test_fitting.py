@@ -8,9 +8,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loki_attn.key_stats import KeyStats
 from loki_attn.errors import InputError, UnknownNameError
 from loki_attn.fitting import fit
+from loki_attn.key_stats import KeyStats
 
 KINDS = ("pca", "balanced", "mixed", "random", "identity")
 SEEDS = st.integers(0, 2**31)

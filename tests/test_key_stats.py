@@ -8,8 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loki_attn.key_stats import KeyStats
 from loki_attn.errors import InputError
+from loki_attn.key_stats import KeyStats
 
 SHAPES = st.tuples(
     st.integers(1, 3),  # batch

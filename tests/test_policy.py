@@ -26,7 +26,7 @@ def test_the_strong_default_and_the_published_one():
     assert loki.select == Loki(layout="planes", plane_dtype="int8")
     assert (loki.budget.sinks, loki.budget.recents) == (4, 64)
     assert loki.group_reduce == "softmax_sum"
-    assert paper.select == Loki(layout="rotated")
+    assert paper.select == Loki(layout="rotated", rank=0.25)
     assert paper.budget == Budget(fraction=0.25)
     assert paper.group_reduce == "none"
 

@@ -40,6 +40,7 @@ from loki_attn.errors import InputError, unknown_name
 from loki_attn.key_stats import KeyStats
 
 _KINDS: tuple[BasisKind, ...] = ("pca", "balanced", "mixed", "random", "identity")
+DEFAULT_KIND: BasisKind = "mixed"
 _BALANCED: tuple[BasisKind, ...] = ("balanced", "mixed")
 _DEFAULT_PCA_COLUMNS = 1
 

@@ -27,7 +27,7 @@ _PRESETS: Final[dict[str, dict[str, Any]]] = {
         "budget": {"top_k": 512, "sinks": 4, "recents": 64, "min_k": 128},
     },
     "loki-paper": {
-        "select": {"method": "loki", "layout": "rotated"},
+        "select": {"method": "loki", "layout": "rotated", "rank": 0.25},
         "budget": {"fraction": 0.25},
         "group_reduce": "none",
     },

@@ -132,8 +132,8 @@ def bases(model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("bases")
     stats = folder / "stats.safetensors"
     run = ["--model", model, "--tokens", "512", "--window", "128", "--stats-out", str(stats)]
-    made = {kind: folder / f"{kind}.safetensors" for kind in ("balanced", "pca")}
-    for kind, source in (("balanced", run), ("pca", ["--stats", str(stats)])):
+    made = {kind: folder / f"{kind}.safetensors" for kind in ("mixed", "pca")}
+    for kind, source in (("mixed", run), ("pca", ["--stats", str(stats)])):
         done = CliRunner().invoke(
             app, ["calibrate", *source, "--kind", kind, "--out", str(made[kind])]
         )

@@ -44,7 +44,7 @@ def test_doctor(loki, calibrate, cache):
     calibrate()
     done = loki("doctor")
     assert done.code == 0
-    for word in ("torch", "reference", "transformers", "tiny-balanced.safetensors", "threads"):
+    for word in ("torch", "reference", "transformers", "tiny-mixed.safetensors", "threads"):
         assert word in done.stdout
 
 
@@ -73,7 +73,7 @@ def test_doctor_json(loki, calibrate, cache):
     assert "smollm2-135m" in found["cache"]["installable"]
     bad, good = found["cache"]["bases"]
     assert bad["problem"]
-    assert good == {"file": "tiny-balanced.safetensors", "kind": "balanced", "problem": None}
+    assert good == {"file": "tiny-mixed.safetensors", "kind": "mixed", "problem": None}
     assert found["cache"]["unfinished"] == ["x.safetensors.partial"]
 
 

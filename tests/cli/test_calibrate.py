@@ -42,11 +42,11 @@ def interrupt_after(monkeypatch):
 
 def test_writes_a_basis_into_the_cache(calibrate, cache):
     done = calibrate()
-    path = cache / "bases" / "tiny-balanced.safetensors"
+    path = cache / "bases" / "tiny-mixed.safetensors"
     assert done.code == 0
     assert done.stdout.strip() == str(path)
     assert "512 tokens" in done.stderr
-    assert Basis.load(path).kind == "balanced"
+    assert Basis.load(path).kind == "mixed"
     assert [p.name for p in path.parent.iterdir()] == [path.name]
 
 
@@ -141,7 +141,7 @@ def test_a_damaged_beginning_is_refused(calibrate, cache):
         (["--side", "pre"], "use side='post'"),
         (["--sharpness", 2], "sharpness is a share in [0, 1], got 2.0"),
         (["--kind", "pca", "--sharpness", 0.5], "which a pca basis does not use"),
-        (["--pca-columns", 2], "pca_columns belongs to kind 'mixed'"),
+        (["--kind", "balanced", "--pca-columns", 2], "pca_columns belongs to kind 'mixed'"),
         (["--dtype", "float3"], "Unknown dtype 'float3'. Did you mean 'float32'?"),
         (["--model", "smollm2"], "Did you mean 'smollm2-135m'?"),
         (["--text", "none.txt"], "No text file at 'none.txt'"),
@@ -170,8 +170,8 @@ def test_a_place_that_cannot_be_written(calibrate, write):
 
 
 def test_inspect(loki, bases):
-    done = loki("inspect", bases["balanced"])
-    assert "balanced basis, 2 KV heads of 8 per layer, post-RoPE keys" in done.stdout
+    done = loki("inspect", bases["mixed"])
+    assert "mixed basis, 2 KV heads of 8 per layer, post-RoPE keys" in done.stdout
     assert "rank at 90 %" in done.stdout
     assert "mean-square score" in done.stdout
     assert "id tiny" in done.stdout

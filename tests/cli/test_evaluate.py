@@ -12,9 +12,7 @@ def evaluate(loki, model, bases, tmp_path):
     rows = tmp_path / "rows.jsonl"
 
     def run(what, *arguments):
-        return loki(
-            "eval", what, "-m", model, "--basis", bases["balanced"], "--out", rows, *arguments
-        )
+        return loki("eval", what, "-m", model, "--basis", bases["mixed"], "--out", rows, *arguments)
 
     run.rows = rows
     return run
@@ -48,14 +46,14 @@ def test_json_is_the_rows(evaluate):
     assert rows == [json.loads(line) for line in evaluate.rows.read_text().splitlines()]
     assert rows[0]["protocol"].startswith("every_query: ")
     assert rows[0]["n"] == 30
-    assert rows[0]["basis"]["kind"] == "balanced"
+    assert rows[0]["basis"]["kind"] == "mixed"
 
 
 def test_fidelity(evaluate, bases):
     pca = f"loki:top_k=16,basis={bases['pca']}"
     done = evaluate("fidelity", "-p", "loki:top_k=16", "-p", pca, *FIDELITY, "--json")
     kinds = {row["contender"]: row["basis"]["kind"] for row in done.json}
-    assert kinds == {"loki:top_k=16": "balanced", "loki:top_k=16,basis=pca": "pca"}
+    assert kinds == {"loki:top_k=16": "mixed", "loki:top_k=16,basis=pca": "pca"}
     assert set(done.json[0]["metrics"]) >= {"recall", "mass", "exact_mass", "output_error"}
     shown = evaluate("fidelity", "-p", "loki:top_k=16", *FIDELITY)
     assert "recall of exact top-k" in shown.stdout

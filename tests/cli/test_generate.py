@@ -13,7 +13,7 @@ WORDS = "the quick brown fox jumps over the lazy dog and " * 12
 
 @pytest.fixture
 def generate(loki, model, bases):
-    def run(*arguments, basis="balanced", prompt=WORDS):
+    def run(*arguments, basis="mixed", prompt=WORDS):
         given = [] if basis is None else ["--basis", bases[basis]]
         said = [] if prompt is None else ["--prompt", prompt]
         return loki("generate", "--model", model, "--max-new-tokens", 8, *given, *said, *arguments)
@@ -60,7 +60,7 @@ def test_json(generate, bases, model):
     assert 0 <= found["equal_tokens"] <= 8
     assert (found["new_tokens"], found["prompt_tokens"]) == (8, dense["prompt_tokens"])
     assert (found["model"], found["policy"]) == (model, "loki")
-    assert found["basis"] == str(bases["balanced"])
+    assert found["basis"] == str(bases["mixed"])
     assert set(found) - set(dense) == {
         "model",
         "policy",
@@ -95,7 +95,7 @@ def test_the_basis_that_calibrate_wrote_is_found(generate, calibrate, cache):
     assert "run `loki-attn calibrate --model" in missing
     calibrate()
     found = generate("--json", basis=None).json
-    assert found["basis"] == str(cache / "bases" / "tiny-balanced.safetensors")
+    assert found["basis"] == str(cache / "bases" / "tiny-mixed.safetensors")
     # The rotated layout needs an orthogonal basis, which the balanced one is not.
     assert "--kind pca` once" in generate("--policy", "loki-paper", basis=None).error
     calibrate("--kind", "pca")

@@ -103,14 +103,19 @@ def causal_of(q_len, seq):
     return torch.ones(q_len, seq).tril(seq - q_len).bool()[None, None]
 
 
+# What keeps an approximation approximate on heads as small as the tests'.
+SMALL = {"rank": 0.25}
+
+
 def variants(method):
     """A method's default setting, and each of its other choices alone."""
-    yield method()
+    small = {field.name: SMALL[field.name] for field in fields(method) if field.name in SMALL}
+    yield method(**small)
     for field in fields(method):
         if get_origin(field.type) is Literal:
             for choice in get_args(field.type):
                 if choice != field.default:
-                    yield method(**{field.name: choice})
+                    yield method(**small, **{field.name: choice})
 
 
 def label(case):

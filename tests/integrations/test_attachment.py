@@ -19,7 +19,7 @@ from loki_attn.errors import (
     PolicyError,
     UnsupportedModelError,
 )
-from loki_attn.integrations.transformers.attach import bound_layers
+from loki_attn.integrations.transformers.attachment import bound_layers
 from loki_attn.select.exact_topk import ExactTopK
 from loki_attn.select.loki import Loki
 

@@ -211,6 +211,14 @@ def test_choose_mask_by_brute_force(data):
     assert mark(scores, count, visible, forced) == expected
 
 
+def test_not_a_number_ranks_last_among_the_visible():
+    nan = float("nan")
+    assert mark([nan, -1.0, nan, -5.0], 2) == [1, 3]
+    assert mark([nan, -1.0, nan, -5.0], 3) == [0, 1, 3]
+    assert mark([nan, INF, 5.0], 2) == [1, 2]
+    assert mark([nan, 7.0, 5.0], 1, visible=[True, False, False]) == [0]
+
+
 @pytest.mark.parametrize("shape", [(1, 1, 1), (2, 3, 5)])
 def test_counts_may_differ_between_queries(shape):
     scores = torch.randn(*shape, 40, generator=torch.Generator().manual_seed(1))

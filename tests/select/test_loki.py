@@ -155,6 +155,8 @@ def test_codes_are_within_half_a_step(rank, scale, shift, seed):
     codes, scales = quantise_rows(rows)
     assert codes.dtype == torch.int8
     assert scales.dtype == torch.float16
+    unclamped = scales > torch.finfo(torch.float16).smallest_normal
+    assert bool((codes.abs().amax(-1)[unclamped] == 127).all())
     decoded = codes.double() * scales.double()[..., None]
     error = (decoded - rows.double()).abs().amax(-1)
     assert bool((error <= scales.double() / 2 * (1 + 1e-6)).all())
@@ -173,7 +175,7 @@ def test_zero_rows_are_zero_codes():
         (Loki(rank=12, plane_dtype="bf16"), 24, 24),
         (Loki(rank=12, plane_dtype="fp32"), 48, 48),
         (Loki(rank=12, layout="rotated"), 0, 24),
-        (Loki(), 8 + 2, 8 + 2),
+        (Loki(rank=0.25), 8 + 2, 8 + 2),
     ],
     ids=str,
 )
@@ -196,6 +198,22 @@ def test_planes_leave_rows_untouched_and_rotation_is_undone():
     torch.testing.assert_close(rotated.keys @ maps.mT, key)
 
 
+@pytest.mark.parametrize(
+    ("rank", "head_dim", "coordinates"),
+    [
+        (None, 16, 16),
+        (None, 64, 32),
+        (None, 256, 64),
+        (0.25, 64, 16),
+        (0.001, 64, 1),
+        (7, 64, 7),
+        (64, 64, 64),
+    ],
+)
+def test_the_rank_in_coordinates(rank, head_dim, coordinates):
+    assert Loki(rank=rank).coordinates(head_dim) == coordinates
+
+
 # bad input ----------------------------------------------------------------------------------
 
 
@@ -211,14 +229,21 @@ def test_a_basis_of_another_model_is_refused(sizes):
         bound(Loki(), basis=other)
 
 
+@pytest.mark.parametrize(("dim", "rank"), [(16, 16), (64, 32), (80, 32), (128, 32), (256, 64)])
+def test_the_default_rank_is_a_quarter_but_at_least_32(dim, rank):
+    assert Loki().coordinates(dim) == rank
+    assert Loki(rank=0.25).coordinates(dim) == dim // 4
+
+
 def test_a_rank_above_head_dim_is_refused():
     with pytest.raises(PolicyError, match="rank=33 is above head_dim=32; lower it"):
         bound(Loki(rank=33))
 
 
-@pytest.mark.parametrize("rank", [0, -1, True, 2.5, "8"])
-def test_a_rank_is_a_whole_number(rank):
-    with pytest.raises(PolicyError, match="rank must be a whole number of coordinates >= 1, got"):
+@pytest.mark.parametrize("rank", [0, -1, True, 2.5, 0.0, 1.0, float("nan"), "8"])
+def test_a_rank_is_a_whole_number_or_a_share(rank):
+    message = "whole number of coordinates >= 1, or a share of head_dim between 0 and 1 .* got"
+    with pytest.raises(PolicyError, match=message):
         Loki(rank=rank)
 
 

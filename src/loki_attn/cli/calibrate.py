@@ -27,9 +27,7 @@ def command(
     text: Annotated[
         Path | None, typer.Option(help="UTF-8 text file; without it, a packaged text.")
     ] = None,
-    kind: Annotated[
-        str, typer.Option(help="balanced, mixed, pca, random or identity.")
-    ] = "balanced",
+    kind: Annotated[str, typer.Option(help="mixed, balanced, pca, random or identity.")] = "mixed",
     tokens: Annotated[int, typer.Option(min=1, help="Tokens of the text to use.")] = 24_576,
     window: Annotated[int, typer.Option(min=2, help="Tokens per forward pass.")] = 2048,
     out: Annotated[

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 _DTYPES: Final = ("auto", "float32", "bfloat16", "float16")
 # Which cached basis is looked for, the best first.
-_KINDS: Final[tuple[str, ...]] = ("balanced", "mixed", "pca")
+_KINDS: Final[tuple[str, ...]] = ("mixed", "balanced", "pca")
 _ORTHOGONAL_KINDS: Final[tuple[str, ...]] = ("pca",)
 _BASIS_FIELD: Final = re.compile(r"([:,]basis=)([^,]+)")
 # Commas inside brackets belong to a list, as in dense_layers=[0,1].
@@ -127,7 +127,7 @@ def find_basis(policy: "Policy", model: str, given: Path | None) -> "tuple[Path,
         path = basis_path(model, kind)
         if path.is_file():
             return path, Basis.load(path)
-    wish = "" if kinds[0] == "balanced" else f" --kind {kinds[0]}"
+    wish = "" if kinds[0] == "mixed" else f" --kind {kinds[0]}"
     raise BasisError(
         f"Policy {policy.name!r} needs a basis and there is none of {model!r} yet; run "
         f"`loki-attn calibrate --model {model}{wish}` once, or give --basis FILE."

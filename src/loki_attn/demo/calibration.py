@@ -1,6 +1,5 @@
 """The basis: fitted on the packaged text, or taken from an earlier run; and the rank table."""
 
-import json
 import re
 import time
 from collections.abc import Mapping, Sequence
@@ -19,11 +18,12 @@ from loki_attn.demo.stage import Stage, note, plain_table, token_bar
 from loki_attn.errors import BasisError, InputError
 from loki_attn.evaluate.protocol import Contender
 from loki_attn.evaluate.results import Row
-from loki_attn.fitting import fit
+from loki_attn.fitting import DEFAULT_KIND, fit
 from loki_attn.integrations.transformers import collect_stats
 from loki_attn.models import cache_root
+from loki_attn.select.loki import Loki
 
-KIND: Final[BasisKind] = "balanced"
+KIND: Final = DEFAULT_KIND
 CORPUS: Final = "calibration"
 VARIANCE: Final = 0.9
 PROTOCOL: Final = (
@@ -45,7 +45,7 @@ class _Fit:
     label: str
 
 
-_MAIN: Final = _Fit(KIND, KIND, "post", "balanced (query and key), after RoPE")
+_MAIN: Final = _Fit(KIND, KIND, "post", "mixed (query and key), after RoPE")
 _PCA: Final = (
     _Fit("pca", "pca", "post", "pca, after RoPE"),
     _Fit("pca-pre", "pca", "pre", "pca, before RoPE"),
@@ -119,13 +119,14 @@ def show_ranks(stage: Stage, bases: Bases) -> None:
             table.add_row(one.label, *values, "".join(marks))
     stage.console.print(
         f"How many of {dim} coordinates hold 90 %: of the key variance (pca), or of what the "
-        "query-key scores vary by (balanced, the basis that Loki uses). A mark is a layer; a full "
+        "query-key scores vary by (mixed, the basis that Loki uses). A mark is a layer; a full "
         "block would be all coordinates."
     )
     stage.console.print(table)
     rows = [_row(stage, one.label, bases[one.suffix]) for one in _PCA if one.suffix in bases]
     stage.keep(rows)
-    scored = json.loads(stage.plan.policy.to_json())["select"].get("rank") or dim // 4
+    select = stage.plan.policy.select
+    scored = select.coordinates(dim) if isinstance(select, Loki) else dim
     mean = rows[0].metrics["rank_at_90"]
     stage.summary.append(
         (f"key coordinates that score (90 % of variance: {mean:.1f})", str(dim), str(scored))

@@ -1,6 +1,5 @@
 """A long text continued twice, token by token: by dense attention and by Loki."""
 
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -19,6 +18,7 @@ from loki_attn import texts
 from loki_attn.demo.stage import DENSE, Stage, dense_contender, note, plain_table, token_bar
 from loki_attn.evaluate.protocol import Contender
 from loki_attn.kernels import backends
+from loki_attn.select.loki import Loki
 
 CORPUS: Final = "continuation"
 PROTOCOL: Final = (
@@ -173,12 +173,12 @@ def _screen(columns: list[Column], before: str, new: int, console: Console) -> T
 
 def _described(loki: Contender) -> str:
     """The policy in words, for those who see it for the first time."""
-    policy = json.loads(loki.policy.to_json())
-    select, budget = policy["select"], loki.policy.budget
+    select, budget = loki.policy.select, loki.policy.budget
     dim = loki.basis.head_dim if loki.basis else 0
+    scored = select.coordinates(dim) if isinstance(select, Loki) else dim
     rows = f"{budget.top_k:,}" if budget.top_k else f"a {budget.fraction or budget.mass} share of"
     return (
-        f"Loki reads {rows} rows per KV head and step: the best by {select['rank'] or dim // 4} of "
+        f"Loki reads {rows} rows per KV head and step: the best by {scored} of "
         f"{dim} coordinates, with {budget.sinks} first and {budget.recents} last tokens always "
         "among them. Nothing is evicted: every step chooses anew."
     )

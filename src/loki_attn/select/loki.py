@@ -4,9 +4,10 @@ Paper: Loki: Low-rank Keys for Efficient Sparse Attention
 arXiv: 2406.02542
 What it does: maps keys and queries by a basis per layer and KV head that keeps every logit, ranks
     all rows with the first `rank` coordinates, attends to the best k with all coordinates.
-What we do differently: a query-and-key balanced basis fitted per KV head after RoPE, one choice
-    per group of query heads, sinks and recents that are always read, and a quantised lead plane
-    beside untouched rows. `layout="rotated"` with an orthogonal basis is the published form.
+What we do differently: a basis mixed of query-and-key balanced and PCA columns, fitted per KV
+    head after RoPE; one choice per group of query heads; sinks and recents that are always read;
+    and a quantised lead plane beside untouched rows. `layout="rotated"` with an orthogonal basis
+    is the published form.
 Bytes read per decode step: per KV head, T * (rank + 2) with an int8 plane (T * rank * 2 in bf16,
     T * rank * b as the prefix of rotated rows), and k * (head_dim + value_dim) * b.
 State per token: rank + 2 bytes per KV head with an int8 plane, 2 * rank in bf16, 0 when rotated.
@@ -30,6 +31,7 @@ LEAD_SCALE: Final = "lead_scale"
 _PLANE_DTYPES: Final = {"int8": torch.int8, "bf16": torch.bfloat16, "fp32": torch.float32}
 _LAYOUTS: Final = ("planes", "rotated")
 _ORTHOGONAL_TOLERANCE: Final = 1e-3
+_LEAST_RANK: Final = 32
 
 
 @final
@@ -38,7 +40,8 @@ class Loki(Select):
     """Rank by low-rank logits.
 
     Attributes:
-        rank: Leading coordinates that rank the rows; None for a quarter of head_dim.
+        rank: Leading coordinates that rank the rows: a whole number of them, or a share of head_dim
+            below 1 as a float; None for a quarter of head_dim, but at least 32.
         layout: "planes" keeps rows untouched beside a contiguous lead plane, "rotated" stores
             keys in the basis, their prefix being the lead.
         plane_dtype: "int8" with a float16 scale per row, "bf16" or "fp32"; for "planes" only.
@@ -46,7 +49,7 @@ class Loki(Select):
 
     method: ClassVar[str] = "loki"
     needs_basis: ClassVar[bool] = True
-    rank: int | None = None
+    rank: int | float | None = None
     layout: Literal["planes", "rotated"] = "planes"
     plane_dtype: Literal["int8", "bf16", "fp32"] = "int8"
 
@@ -57,6 +60,12 @@ class Loki(Select):
             raise unknown_name("layout", self.layout, _LAYOUTS)
         if self.plane_dtype not in _PLANE_DTYPES:
             raise unknown_name("plane_dtype", self.plane_dtype, _PLANE_DTYPES)
+
+    def coordinates(self, head_dim: int) -> int:
+        """Return the rank in coordinates, for keys of `head_dim` elements."""
+        if self.rank is None:
+            return min(head_dim, max(_LEAST_RANK, head_dim // 4))
+        return max(1, round(self.rank * head_dim)) if isinstance(self.rank, float) else self.rank
 
     def bind(self, shape: LayerShape, basis: LayerBasis | None) -> Selector:
         """Bind to a layer with its basis."""
@@ -71,7 +80,7 @@ class Loki(Select):
                 f"Layer {shape.index} needs maps [kv_heads, head_dim, head_dim] = {expected}, "
                 f"the basis has {tuple(basis.key_map.shape)}: it belongs to another model."
             )
-        rank = self.rank or max(1, shape.head_dim // 4)
+        rank = self.coordinates(shape.head_dim)
         if rank > shape.head_dim:
             raise PolicyError(f"rank={rank} is above head_dim={shape.head_dim}; lower it.")
         if self.layout == "planes":
@@ -157,8 +166,13 @@ class _RotatedSelector(_Mapped):
 
 
 def _require_rank(rank: object) -> None:
-    if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
-        raise PolicyError(f"rank must be a whole number of coordinates >= 1, got {rank!r}.")
+    if rank is None or (type(rank) is int and rank >= 1):
+        return
+    if not isinstance(rank, float) or not 0 < rank < 1:
+        raise PolicyError(
+            "rank must be a whole number of coordinates >= 1, or a share of head_dim between 0 "
+            f"and 1 as a float, got {rank!r}."
+        )
 
 
 def quantise_rows(rows: Tensor) -> tuple[Tensor, Tensor]:

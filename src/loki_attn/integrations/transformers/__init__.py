@@ -1,6 +1,6 @@
 """The transformers door: `attach` a policy to a model and use the model as before."""
 
-from loki_attn.integrations.transformers.attach import Attachment, attach
+from loki_attn.integrations.transformers.attachment import Attachment, attach
 from loki_attn.integrations.transformers.calibration import calibrate, collect_stats
 from loki_attn.integrations.transformers.function import Observation, Traffic
 from loki_attn.integrations.transformers.language_model import TransformersLM

@@ -12,8 +12,8 @@ from transformers import PreTrainedModel
 from loki_attn.artefact import JSON
 from loki_attn.basis import Basis, BasisKind
 from loki_attn.errors import InputError
-from loki_attn.fitting import fit
-from loki_attn.integrations.transformers.attach import attach
+from loki_attn.fitting import DEFAULT_KIND, fit
+from loki_attn.integrations.transformers.attachment import attach
 from loki_attn.integrations.transformers.function import Observation
 from loki_attn.integrations.transformers.identity import identity
 from loki_attn.integrations.transformers.probe import quiet
@@ -35,7 +35,7 @@ def calibrate(
     tokenizer: Any,
     text: str,
     *,
-    kind: BasisKind = "balanced",
+    kind: BasisKind = DEFAULT_KIND,
     tokens: int = 24_576,
     window: int = 2048,
     corpus: str = "unnamed",

@@ -11,7 +11,7 @@ from transformers import Cache, PreTrainedModel
 
 from loki_attn.artefact import JSON
 from loki_attn.basis import Basis
-from loki_attn.integrations.transformers.attach import Attachment, attach
+from loki_attn.integrations.transformers.attachment import Attachment, attach
 from loki_attn.integrations.transformers.function import Observer, Traffic
 from loki_attn.integrations.transformers.identity import identity
 from loki_attn.policy import Policy, as_policy
