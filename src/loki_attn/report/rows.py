@@ -1,7 +1,8 @@
 """Rows, checked and sorted into sections of what may stand in one table."""
 
 import json
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, final
 
@@ -28,6 +29,10 @@ _REQUIRED: Final[dict[str, tuple[str, ...]]] = {
     "generation": ("tokens_per_s", "read_bytes_per_token"),
     "quiz": ("correct",),
 }
+AMOUNTS: Final = ("top_k", "fraction", "mass")
+_BUDGET_TOKEN: Final = re.compile(
+    r"(?<!\w)(?:top_k|fraction|mass|k)=\d+(?:\.\d*)?(?:e[+-]?\d+)?(?:[\s,]+|$)"
+)
 _NOUNS: Final = {str: "a text", int: "a whole number", Mapping: "an object"}
 
 
@@ -40,7 +45,7 @@ class Section:
         task: What was measured.
         model: Id of the model.
         protocol: How it was measured.
-        rows: The newest row of each contender and setting, in order of arrival.
+        rows: The newest row of each contender and setting, where the oldest of them arrived.
         common: Settings that all rows share.
         varying: Names of the settings that differ between them.
         superseded: Older rows of the same contender and settings, left out.
@@ -77,13 +82,41 @@ def is_dense(row: _Row) -> bool:
     return isinstance(select, Mapping) and select.get("method") == "dense"
 
 
-def _section(task: str, model: str, protocol: str, rows: list[_Row]) -> Section:
+def series_name(contender: str) -> str:
+    """A contender's name without how much it reads: "pca top_k=64 rank=8" is of "pca rank=8"."""
+    return _BUDGET_TOKEN.sub("", contender).rstrip(" ,:") or contender
+
+
+def amounts(row: _Row) -> dict[str, Any]:
+    """How much a contender reads, by name of the amount; empty where its policy does not say."""
+    budget = row["policy"].get("budget")
+    known = budget if isinstance(budget, Mapping) else {}
+    return {name: known[name] for name in AMOUNTS if known.get(name) is not None}
+
+
+def basis_kind(row: _Row) -> str | None:
+    """Kind of a row's basis, if it has one that says."""
+    basis = row.get("basis")
+    return str(basis["kind"]) if isinstance(basis, Mapping) and "kind" in basis else None
+
+
+def by_setting(section: Section) -> list[Section]:
+    """One section for each combination of the settings that differ, in order of arrival."""
+    groups: dict[str, list[_Row]] = {}
+    for row in section.rows:
+        key = _spelt([row["settings"].get(name) for name in section.varying])
+        groups.setdefault(key, []).append(row)
+    place = (section.task, section.model, section.protocol)
+    return [_section(*place, rows) for rows in groups.values()]
+
+
+def _section(task: str, model: str, protocol: str, rows: Sequence[_Row]) -> Section:
     newest: dict[str, _Row] = {}
     for row in rows:
-        parts = [row["contender"], row["policy"], row.get("basis"), row["settings"]]
-        key = json.dumps(parts, sort_keys=True, default=str)
-        newest.pop(key, None)
-        newest[key] = row
+        # Not the whole policy: a re-run by a newer version may spell more of it out.
+        key = _spelt([row["contender"], amounts(row), basis_kind(row), row["settings"]])
+        if key not in newest or _time(row) >= _time(newest[key]):
+            newest[key] = row
     kept = tuple(newest.values())
     names = dict.fromkeys(name for row in kept for name in row["settings"])
     varying = tuple(n for n in names if len({_spelt(row["settings"].get(n)) for row in kept}) > 1)
@@ -96,6 +129,10 @@ def _section(task: str, model: str, protocol: str, rows: list[_Row]) -> Section:
         varying=varying,
         superseded=len(rows) - len(kept),
     )
+
+
+def _time(row: _Row) -> str:
+    return str(row["provenance"].get("time") or "")
 
 
 def _check(row: object, number: int) -> None:

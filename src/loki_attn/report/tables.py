@@ -2,11 +2,12 @@
 
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal, final
 
-from loki_attn.report.rows import Section, is_dense
+from loki_attn.report.rows import Section, amounts, is_dense
 
 Best = Literal["low", "high"] | None
 MISSING: Final = "-"
@@ -95,33 +96,40 @@ _COLUMNS: Final[dict[str, tuple[_Column, ...]]] = {
         _Column(head="selecting calls", metric="selecting_calls", form=",.0f"),
     ),
 }
-_WITHOUT_BUDGET: Final = {"calibration"}
+_WITHOUT_BUDGET: Final = {"calibration", "ranks"}
+_SIDES: Final = {"post": "after RoPE", "pre": "before RoPE"}
+_RANK: Final = re.compile(r"rank(\d+)_(post|pre)(_uncentred)?")
+_VARIANCE: Final = re.compile(r"variance_quarter_(post|pre)_on_(.+)")
 _TITLES: Final = {
     "perplexity": "Perplexity and divergence from dense",
     "fidelity": "What the selection keeps of dense attention",
     "passkey": "Passkey",
     "calibration": "Rank of the keys",
+    "ranks": "Rank of the keys, before and after RoPE",
     "generation": "Generation",
     "quiz": "Question",
 }
 
 
 def section_block(section: Section) -> str:
-    """A section's heading, conditions and table."""
-    columns = _COLUMNS.get(section.task) or _any_columns(section)
-    columns = tuple(c for c in columns if any(c.metric in r["metrics"] for r in section.rows))
-    budget = [] if section.task in _WITHOUT_BUDGET else ["budget"]
-    parts = [
-        f"## {_TITLES.get(section.task, section.task.capitalize())} ({cell(section.model)})",
-        _conditions(section),
-        table(
-            ("contender", *section.varying, *budget, *(c.head for c in columns), "n"),
-            _body(section, columns),
-        ),
-    ]
+    """A section's heading, conditions and tables."""
+    parts = []
+    for caption, columns in _groups(section):
+        there = tuple(c for c in columns if any(c.metric in r["metrics"] for r in section.rows))
+        if not there:
+            continue
+        header, body, same = _without_same(*_lines(section, there), 1 + len(section.varying))
+        note = cell(", ".join(f"{head} {text}" for head, text in same))
+        said = " ".join(part for part in (caption, f"In every row: {note}." * bool(note)) if part)
+        parts += [said, table(header, body)]
     if section.superseded:
         parts.append(f"{section.superseded} older rows of the same runs are left out.")
-    return "\n\n".join(parts)
+    title = f"## {_TITLES.get(section.task, section.task.capitalize())} ({cell(section.model)})"
+    if parts and not parts[0].startswith("In every row"):
+        return "\n\n".join(part for part in (title, _conditions(section), *parts) if part)
+    # What no row differs in stands with the settings.
+    conditions = " ".join((_conditions(section), *parts[:1]))
+    return "\n\n".join((title, conditions, *parts[1:]))
 
 
 def figure_block(figure: FigureFile, link: str) -> str:
@@ -175,10 +183,7 @@ def cell(value: object) -> str:
 
 def budget_of(row: Mapping[str, Any]) -> str:
     """How much a contender reads, in a few characters."""
-    budget = row["policy"].get("budget")
-    known = budget if isinstance(budget, Mapping) else {}
-    names = ("top_k", "fraction", "mass")
-    parts = [f"{n}={known[n]}" for n in names if known.get(n) is not None]
+    parts = [f"{name}={amount}" for name, amount in amounts(row).items()]
     return ", ".join(parts) or ("all" if is_dense(row) else MISSING)
 
 
@@ -200,18 +205,66 @@ def error_of(row: Mapping[str, Any], metric: str) -> float | None:
     return float(value) if known else None
 
 
-def _body(section: Section, columns: Sequence[_Column]) -> list[list[str]]:
+def _groups(section: Section) -> list[tuple[str, tuple[_Column, ...]]]:
+    """The section's tables: a caption and the columns of each."""
+    if section.task != "ranks":
+        return [("", _COLUMNS.get(section.task) or _any_columns(section))]
+    columns = [_rank_column(column) for column in _any_columns(section)]
+    variance = tuple(c for c in columns if _VARIANCE.fullmatch(c.metric))
+    caption = "Share of the variance in the first quarter of the coordinates, by text it is of."
+    return [("", tuple(c for c in columns if c not in variance)), (caption, variance)]
+
+
+def _rank_column(column: _Column) -> _Column:
+    if found := _RANK.fullmatch(column.metric):
+        uncentred = ", uncentred" if found[3] else ""
+        head = f"rank at {found[1]} %, {_SIDES[found[2]]}{uncentred}"
+        return _Column(head=head, metric=column.metric, form=".1f")
+    if found := _VARIANCE.fullmatch(column.metric):
+        head = f"{found[2]}, {_SIDES[found[1]]}"
+        return _Column(head=head, metric=column.metric, form=".1%")
+    return column
+
+
+def _lines(
+    section: Section, columns: Sequence[_Column]
+) -> tuple[tuple[str, ...], list[list[str]]]:
+    """Header and lines: contender, settings that differ, metrics, budget, n."""
+    budget = section.task not in _WITHOUT_BUDGET
     body = []
     for row in section.rows:
         peers = [r for r in section.rows if _setting(r, section) == _setting(row, section)]
-        line = [row["contender"], *_setting(row, section)]
-        line += [] if section.task in _WITHOUT_BUDGET else [budget_of(row)]
+        line = [row["contender"], *_setting(row, section), *([budget_of(row)] * budget)]
         for column in columns:
             text = _value(row, column)
             best = text != MISSING and _is_best(row, column, peers)
             line.append(_with_error(row, column, f"**{text}**" if best else text))
         body.append([*line, str(row["n"])])
-    return body
+    heads = (*["budget"] * budget, *(c.head for c in columns), "n")
+    return ("contender", *section.varying, *heads), body
+
+
+def _without_same(
+    header: Sequence[str], body: Sequence[Sequence[str]], leading: int
+) -> tuple[list[str], list[list[str]], list[tuple[str, str]]]:
+    """Take out the columns that tell no rows apart: what remains, and what they said.
+
+    The leading columns stay, and so does a column if no other would be left beside them.
+    """
+    same = [
+        at
+        for at in range(leading, len(header))
+        if len(body) > 1 and len({line[at].replace("*", "") for line in body}) == 1
+    ]
+    if len(same) == len(header) - leading:
+        same = [at for at in same if header[at] in {"budget", "n"}]
+    kept = [at for at in range(len(header)) if at not in same]
+    said = [(header[at], body[0][at].replace("*", "")) for at in same]
+    return (
+        [header[at] for at in kept],
+        [[line[at] for at in kept] for line in body],
+        [(head, text) for head, text in said if text != MISSING],
+    )
 
 
 def _value(row: Mapping[str, Any], column: _Column) -> str:
