@@ -1,120 +1,155 @@
-"""Figures of a section, as PNG bytes with alt text and data."""
+"""Which figure helps to read which section."""
 
-import io
-import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import takewhile
-from typing import Any, Final, final
+from typing import Any, Final
 
-from loki_attn.errors import InputError
-from loki_attn.report.rows import Section, is_dense
-from loki_attn.report.tables import FigureFile, budget_of, error_of, written
+from loki_attn.report.canvas import COLOURS, DENSE, canvas, png
+from loki_attn.report.dots import Hits, Measure, dot_figure, hits_figure
+from loki_attn.report.lines import LAYER, Panel, Series, line_figure
+from loki_attn.report.rows import (
+    AMOUNTS,
+    Section,
+    amounts,
+    basis_kind,
+    by_setting,
+    is_dense,
+    series_name,
+)
+from loki_attn.report.tables import Best, FigureFile, budget_of, error_of, written
+from loki_attn.report.words import alt_text
 
 _Row = Mapping[str, Any]
-_Line = tuple[str, ...]
+_Place = Callable[[_Row], float]
+# Metric, its heading, format, the metric of its standard error, which end is good.
+_Wanted = tuple[str, str, str, str | None, Best]
 
-LAYER: Final = "layer"
-
-# Okabe and Ito's colours, told apart by nearly everyone; markers repeat the message.
-_COLOURS: Final = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-_MARKERS: Final = "osD^vPX"
-_DENSE: Final = "#666666"
-_DPI: Final = 130
-_PANEL_INCHES: Final = (4.6, 3.3)
-_ALT_POINTS: Final = 8
-
-
-@final
-@dataclass(frozen=True, kw_only=True)
-class _Series:
-    """Points of one contender: [x, y, standard error or None] each."""
-
-    label: str
-    points: tuple[tuple[float, float, float | None], ...]
-
-
-@final
-@dataclass(frozen=True, kw_only=True)
-class _Panel:
-    """One pair of axes."""
-
-    x_name: str
-    y_name: str
-    series: tuple[_Series, ...]
-    form: str
-    x_form: str = ".0f"
-    log: bool = False
-    line: tuple[str, float] | None = None
+_MANY: Final = 6
+_KL: Final[_Wanted] = ("kl_to_dense", "KL to dense, nats", ".4f", "kl_standard_error", "low")
+_PERPLEXITY: Final[_Wanted] = ("perplexity", "perplexity", ".3f", None, "low")
+_NLL: Final[_Wanted] = (
+    "nll_delta",
+    "nll - dense, nats",
+    "+.4f",
+    "nll_delta_standard_error",
+    "low",
+)
+_RECALL: Final[_Wanted] = ("recall", "recall of the exact top-k", ".3f", None, "high")
+_MASS: Final[_Wanted] = ("mass", "captured attention mass", ".4f", None, "high")
 
 
 def draw(section: Section) -> list[FigureFile]:
     """Draw what helps to read a section, if anything does."""
-    return [_DRAWINGS[section.task](section)] if _drawable(section) else []
+    drawing = _DRAWINGS.get(section.task)
+    return [] if drawing is None else drawing(section)
 
 
-def _drawable(section: Section) -> bool:
-    if section.task in {"fidelity", "calibration"}:
-        return any("layers" in row["metrics"] for row in section.rows)
-    return section.task in _DRAWINGS
-
-
-def _perplexity(section: Section) -> FigureFile:
-    rows = [row for row in section.rows if not is_dense(row)] or list(section.rows)
-    name, place, form = _abscissa(rows)
-    dense = {row["metrics"].get("perplexity_dense") for row in rows} - {None}
-    line = ("dense", float(dense.pop())) if len(dense) == 1 else None
-    panels = [
-        _Panel(
-            x_name=name,
-            y_name=title,
-            series=_series(rows, section, place, metric, error),
-            form=number,
-            x_form=form,
-            log=metric == "kl_to_dense",
-            line=line if metric == "perplexity" else None,
-        )
-        for title, metric, error, number in (
-            ("perplexity", "perplexity", None, ".3f"),
-            ("KL to dense, nats", "kl_to_dense", "kl_standard_error", ".4f"),
-        )
+def _parts(section: Section) -> list[tuple[str, str, Section]]:
+    """Rows that fit one figure, with a number and a note for its name and title."""
+    parts = by_setting(section) if len(section.rows) > _MANY else [section]
+    if len(parts) == 1:
+        return [("", section.model, section)]
+    return [
+        (f"-{number}", f"{section.model}; {_differing(part.rows[0], section.varying)}", part)
+        for number, part in enumerate(parts, 1)
     ]
-    return _figure("perplexity", f"Quality against what is read ({section.model})", panels)
 
 
-def _abscissa(rows: Sequence[_Row]) -> tuple[str, Callable[[_Row], float], str]:
-    """What quality is drawn against: the share read, else the budget, else the order of rows."""
-    if all("read_bytes_share" in row["metrics"] for row in rows):
-        return (
-            "share of dense KV bytes read, %",
-            lambda r: 100 * r["metrics"]["read_bytes_share"],
-            ".1f",
-        )
-    for amount in ("top_k", "fraction", "mass"):
-        if all(budget_of(row).startswith(f"{amount}=") for row in rows):
-            return (f"budget, {amount}", lambda r, name=amount: _amount(r, name), "g")
-    places = {id(row): number for number, row in enumerate(rows, 1)}
-    return ("row of the table", lambda r: places[id(r)], ".0f")
+def _perplexity(section: Section) -> list[FigureFile]:
+    figures = []
+    for number, note, part in _parts(section):
+        rows = [row for row in part.rows if not is_dense(row)] or list(part.rows)
+        name = f"perplexity{number}"
+        if not all("read_bytes_share" in row["metrics"] for row in rows):
+            change = all("nll_delta" in row["metrics"] for row in rows)
+            title = f"Divergence from dense ({note})"
+            wanted = (_NLL if change else _PERPLEXITY, _KL)
+            figures.append(_dots(name, title, rows, part.varying, wanted))
+            continue
+        dense = {row["metrics"].get("perplexity_dense") for row in rows} - {None}
+        level = [Series(label="dense", points=((0.0, float(y), None),)) for y in dense]
+        panels = [
+            _panel(
+                rows,
+                part.varying,
+                wanted,
+                lambda row: 100 * float(row["metrics"]["read_bytes_share"]),
+                x_name="share of dense KV bytes read, %",
+                x_form=".1f",
+                reference=level[0] if wanted is _PERPLEXITY and len(level) == 1 else None,
+            )
+            for wanted in (_PERPLEXITY, _KL)
+        ]
+        figures.append(line_figure(name, f"Quality against what is read ({note})", panels))
+    return figures
 
 
-def _series(
-    rows: Sequence[_Row],
-    section: Section,
-    place: Callable[[_Row], float],
-    metric: str,
-    error: str | None,
-) -> tuple[_Series, ...]:
-    """Join rows that differ in their budget alone."""
-    groups: dict[str, list[_Row]] = {}
+def _fidelity(section: Section) -> list[FigureFile]:
+    figures = []
+    for number, note, part in _parts(section):
+        name = f"fidelity{number}"
+        rows = [row for row in part.rows if not is_dense(row)] or list(part.rows)
+        if len(rows) <= _MANY:
+            panels = [_layers(part, wanted) for wanted in (_RECALL, _MASS)]
+            figures += _if_any(name, f"What each layer keeps ({note})", panels)
+        elif amount := _varied_amount(rows):
+            title = f"What the selection keeps by budget ({note})"
+            figures.append(line_figure(name, title, _by_budget(rows, part.varying, amount)))
+        else:
+            title = f"What the selection keeps ({note})"
+            figures.append(_dots(name, title, rows, part.varying, (_MASS, _RECALL)))
+    return figures
+
+
+def _varied_amount(rows: Sequence[_Row]) -> str | None:
+    """The amount by which every row's budget is given, if it takes several values."""
+    for name in AMOUNTS:
+        if len({amounts(row).get(name) for row in rows} - {None}) > 1 and all(
+            name in amounts(row) for row in rows
+        ):
+            return name
+    return None
+
+
+def _by_budget(rows: Sequence[_Row], varying: Sequence[str], amount: str) -> list[Panel]:
+    def place(row: _Row) -> float:
+        return float(amounts(row)[amount])
+
+    best: dict[float, list[float]] = {}
     for row in rows:
-        basis = row.get("basis")
-        kind = basis.get("kind") if isinstance(basis, Mapping) else None
-        others = {n: row["settings"].get(n) for n in section.varying if n != "length_tokens"}
-        policy = [row["policy"].get("select"), row["policy"].get("group_reduce"), kind, others]
-        groups.setdefault(json.dumps(policy, sort_keys=True, default=str), []).append(row)
-    return tuple(
-        _Series(
-            label=_label(group),
+        if "exact_mass" in row["metrics"]:
+            best.setdefault(place(row), []).append(float(row["metrics"]["exact_mass"]))
+    points = tuple((x, sum(ys) / len(ys), None) for x, ys in sorted(best.items()))
+    exact = Series(label="mass of the exact top-k", points=points) if points else None
+    return [
+        _panel(
+            rows,
+            varying,
+            wanted,
+            place,
+            x_name=f"budget, {amount}",
+            x_form="g",
+            doublings=True,
+            reference=exact if wanted is _MASS else None,
+        )
+        for wanted in (_MASS, _RECALL)
+    ]
+
+
+def _panel(
+    rows: Sequence[_Row], varying: Sequence[str], wanted: _Wanted, place: _Place, **options: Any
+) -> Panel:
+    """Join rows that differ in their budget alone."""
+    metric, heading, form, error, best = wanted
+    groups: dict[tuple[object, ...], list[_Row]] = {}
+    for row in rows:
+        select = row["policy"].get("select")
+        known = select if isinstance(select, Mapping) else {}
+        variant = [str(known.get(name)) for name in ("method", "rank", "plane_dtype")]
+        key = (_labelled(series_name(row["contender"]), row, varying), basis_kind(row), *variant)
+        groups.setdefault(key, []).append(row)
+    series = tuple(
+        Series(
+            label=str(label),
             points=tuple(
                 sorted(
                     (place(r), float(r["metrics"][metric]), error_of(r, error) if error else None)
@@ -122,94 +157,117 @@ def _series(
                 )
             ),
         )
-        for group in groups.values()
+        for (label, *_), group in groups.items()
+    )
+    return Panel(
+        y_name=heading, series=series, form=form, best=best, log=metric == "kl_to_dense", **options
     )
 
 
-def _amount(row: _Row, name: str) -> float:
-    return float(row["policy"]["budget"][name])
+def _dots(
+    name: str,
+    title: str,
+    rows: Sequence[_Row],
+    varying: Sequence[str],
+    measures: Sequence[_Wanted],
+) -> FigureFile:
+    return dot_figure(
+        name,
+        title,
+        [_labelled(row["contender"], row, varying) for row in rows],
+        [
+            Measure(
+                name=heading,
+                values=tuple(
+                    (float(row["metrics"][metric]), error_of(row, error) if error else None)
+                    for row in rows
+                ),
+                form=form,
+                best=best,
+                log=metric == "kl_to_dense",
+            )
+            for metric, heading, form, error, best in measures
+        ],
+    )
 
 
-def _label(group: Sequence[_Row]) -> str:
-    """What the names of a series have in common, without the number that tells them apart."""
-    names = [str(row["contender"]) for row in group]
-    if len(set(names)) == 1:
-        return names[0]
-    same = takewhile(lambda letters: len(set(letters)) == 1, zip(*names, strict=False))
-    return "".join(letters[0] for letters in same).rstrip(" -_=@,(0123456789") or names[0]
+def _calibration(section: Section) -> list[FigureFile]:
+    wanted: _Wanted = ("rank_at_90", "rank at 90 % of the variance", ".1f", None, None)
+    title = f"Rank of the keys per layer ({section.model})"
+    return _if_any("rank", title, [_layers(section, wanted)])
 
 
-def _fidelity(section: Section) -> FigureFile:
-    panels = [
-        _layers(section, "recall", "recall of the exact top-k", ".3f"),
-        _layers(section, "mass", "captured attention mass", ".4f"),
-    ]
-    return _figure("fidelity", f"What each layer keeps ({section.model})", panels)
+def _ranks(section: Section) -> list[FigureFile]:
+    """Rank per layer on both sides of RoPE; these rows keep their lists beside the means."""
+    panels = []
+    names = [row["contender"] for row in section.rows]
+    told_apart = () if len(set(names)) == len(names) else section.varying
+    for metric, side in (("rank90_pre", "before RoPE"), ("rank90_post", "after RoPE")):
+        series = []
+        for row in section.rows:
+            found = row["metrics"].get(f"{metric}_layers")
+            values = found if isinstance(found, list) else []
+            points = tuple((float(at), float(value), None) for at, value in enumerate(values))
+            label = _labelled(row["contender"], row, told_apart)
+            series.append(Series(label=label, points=points))
+        name = f"rank at 90 %, {side}"
+        panels.append(
+            Panel(
+                x_name=LAYER, y_name=name, series=tuple(s for s in series if s.points), form=".1f"
+            )
+        )
+    return _if_any("ranks", f"Rank of the keys per layer ({section.model})", panels)
 
 
-def _calibration(section: Section) -> FigureFile:
-    panel = _layers(section, "rank_at_90", "rank at 90 % of the variance", ".1f")
-    return _figure("rank", f"Rank of the keys per layer ({section.model})", [panel])
-
-
-def _layers(section: Section, metric: str, name: str, form: str) -> _Panel:
+def _layers(section: Section, wanted: _Wanted) -> Panel:
+    metric, heading, form, _, best = wanted
     series = []
     for row in section.rows:
         layers = row["metrics"].get("layers", {})
         pairs = zip(layers.get("index", ()), layers.get(metric, ()), strict=False)
         points = tuple((float(x), float(y), None) for x, y in pairs)
         if points:
-            series.append(_Series(label=_with_settings(row, section), points=points))
-    return _Panel(x_name=LAYER, y_name=name, series=tuple(series), form=form)
+            label = _labelled(row["contender"], row, section.varying)
+            series.append(Series(label=label, points=points))
+    return Panel(x_name=LAYER, y_name=heading, series=tuple(series), form=form, best=best)
 
 
-def _with_settings(row: _Row, section: Section) -> str:
-    others = [f"{n.replace('_', ' ')} {row['settings'].get(n)}" for n in section.varying]
-    return " ".join([str(row["contender"]), *others])
+def _if_any(name: str, title: str, panels: Sequence[Panel]) -> list[FigureFile]:
+    drawable = [panel for panel in panels if panel.series]
+    return [line_figure(name, title, drawable)] if drawable else []
 
 
-def _passkey(section: Section) -> FigureFile:
-    if "length_tokens" in section.varying:
-        panel = _Panel(
-            x_name="prompt, tokens",
-            y_name="share of keys found",
-            series=_series(
-                section.rows,
-                section,
-                lambda r: float(r["settings"]["length_tokens"]),
-                "accuracy",
-                "accuracy",
-            ),
-            form=".0%",
-        )
-        return _figure("passkey", f"Passkeys found ({section.model})", [panel])
-    return _bars(
-        section, "passkey", "Passkeys found", [("share of keys found", "accuracy", ".0%", 1.0)]
-    )
+def _passkey(section: Section) -> list[FigureFile]:
+    """Contenders by length of the prompt."""
+    found: dict[str, dict[int, Hits]] = {}
+    for row in section.rows:
+        length = row["settings"].get("length_tokens")
+        others = [name for name in section.varying if name != "length_tokens"]
+        label = _labelled(row["contender"], row, others)
+        if int(length or 0) in found.get(label, {}):
+            label = f"{label} ({budget_of(row)}, {basis_kind(row) or 'no'} basis)"
+        hits = Hits(k=round(row["metrics"]["accuracy"] * row["n"]), n=row["n"])
+        found.setdefault(label, {})[int(length or 0)] = hits
+    lengths = sorted({length for cells in found.values() for length in cells})
+    columns = [f"{length:,}" if length else "unknown" for length in lengths]
+    lines = {label: [cells.get(at) for at in lengths] for label, cells in found.items()}
+    return [hits_figure("passkey", f"Passkeys found ({section.model})", columns, lines)]
 
 
-def _generation(section: Section) -> FigureFile:
+def _generation(section: Section) -> list[FigureFile]:
     wanted = [
         ("KV KiB read per token", "read_bytes_per_token", ",.0f", 1 / 1024),
         ("decode tokens per second", "tokens_per_s", ".2f", 1.0),
     ]
-    return _bars(section, "generation", "What a decode step reads and how fast it is", wanted)
-
-
-def _bars(
-    section: Section, name: str, title: str, wanted: Sequence[tuple[str, str, str, float]]
-) -> FigureFile:
-    labels = [_with_settings(row, section) for row in section.rows]
-    canvas, axes = _canvas(len(wanted), 1.2 + 0.45 * len(labels))
+    labels = [_labelled(row["contender"], row, section.varying) for row in section.rows]
+    figure, axes = canvas(len(wanted), (9.2, 1.2 + 0.45 * len(labels)))
     data = [[label] for label in labels]
-    colours = _bar_colours(section)
     for ax, (heading, metric, form, scale) in zip(axes, wanted, strict=True):
         values = [scale * float(row["metrics"][metric]) for row in section.rows]
-        errors = [error_of(r, metric) or 0.0 if metric == "accuracy" else 0 for r in section.rows]
-        bars = ax.barh(range(len(values)), values, xerr=errors, color=colours, height=0.6)
+        bars = ax.barh(range(len(values)), values, color=_bar_colours(section), height=0.6)
         texts = [written(value, form) for value in values]
         ax.bar_label(bars, texts, padding=4, fontsize=9)
-        ax.set_yticks(range(len(labels)), labels)
+        ax.set_yticks(range(len(labels)), labels if ax is axes[0] else [""] * len(labels))
         ax.invert_yaxis()
         ax.margins(x=0.25)
         ax.locator_params(axis="x", nbins=5)
@@ -218,152 +276,45 @@ def _bars(
         for line, text in zip(data, texts, strict=True):
             line.append(text)
     header = ("contender", *(part[0] for part in wanted))
-    said = "; ".join(
+    said = [
         f"{line[0]}: " + ", ".join(f"{h} {v}" for h, v in zip(header[1:], line[1:], strict=True))
-        for line in data[:_ALT_POINTS]
-    )
-    title = f"{title} ({section.model})"
-    return FigureFile(
-        name=name,
-        title=title,
-        alt=f"Bar chart. {title}. {said}.",
-        header=header,
-        data=tuple(tuple(line) for line in data),
-        png=_png(canvas, title),
-    )
+        for line in data
+    ]
+    title = f"What a decode step reads and how fast it is ({section.model})"
+    return [
+        FigureFile(
+            name="generation",
+            title=title,
+            alt=alt_text("Bar chart", title, [f"{'; '.join(said)}."], [f"{'; '.join(said[:4])}."]),
+            header=header,
+            data=tuple(tuple(line) for line in data),
+            png=png(figure, title),
+        )
+    ]
 
 
 def _bar_colours(section: Section) -> list[str]:
     """Dense in grey; the others as in the line charts, where dense has no line."""
     sparse = [row["contender"] for row in section.rows if not is_dense(row)]
     return [
-        _DENSE if is_dense(row) else _COLOURS[sparse.index(row["contender"]) % len(_COLOURS)]
+        DENSE if is_dense(row) else COLOURS[sparse.index(row["contender"]) % len(COLOURS)]
         for row in section.rows
     ]
 
 
-def _figure(name: str, title: str, panels: Sequence[_Panel]) -> FigureFile:
-    canvas, axes = _canvas(len(panels))
-    for ax, panel in zip(axes, panels, strict=True):
-        _fill(ax, panel)
-    handles, labels = axes[0].get_legend_handles_labels()
-    header, data = _wide(panels) if panels[0].x_name == LAYER else _long(panels)
-    canvas.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
-    return FigureFile(
-        name=name,
-        title=title,
-        alt=f"Line chart. {title}. " + " ".join(_said(panel) for panel in panels),
-        header=header,
-        data=data,
-        png=_png(canvas, title),
-    )
+def _labelled(label: str, row: _Row, names: Sequence[str]) -> str:
+    return " ".join(part for part in (label, _differing(row, names)) if part)
 
 
-def _fill(ax: Any, panel: _Panel) -> None:
-    many = max((len(series.points) for series in panel.series), default=0) > 12
-    for number, series in enumerate(panel.series):
-        xs, ys, errors = zip(*series.points, strict=True)
-        ax.errorbar(
-            xs,
-            ys,
-            yerr=[e or 0.0 for e in errors] if any(errors) else None,
-            label=series.label,
-            color=_COLOURS[number % len(_COLOURS)],
-            marker=_MARKERS[number % len(_MARKERS)],
-            markersize=3.5 if many else 7,
-            linewidth=1.4,
-            capsize=3,
-        )
-    if panel.line is not None:
-        label, height = panel.line
-        ax.axhline(height, color=_DENSE, linestyle="--", linewidth=1.2, label=label)
-    if panel.log and all(y > 0 for series in panel.series for _, y, _ in series.points):
-        ax.set_yscale("log")
-    else:
-        ax.ticklabel_format(axis="y", useOffset=False)
-    ax.margins(0.12 if not many else 0.03, 0.12)
-    ax.set_xlabel(panel.x_name)
-    ax.set_ylabel(panel.y_name)
+def _differing(row: _Row, names: Sequence[str]) -> str:
+    return ", ".join(f"{n.replace('_', ' ')} {row['settings'].get(n)}" for n in names)
 
 
-def _said(panel: _Panel) -> str:
-    """A panel in words: few points one by one, many by their range."""
-    parts = []
-    for series in panel.series:
-        values = [y for _, y, _ in series.points]
-        if sum(len(s.points) for s in panel.series) <= _ALT_POINTS:
-            points = ", ".join(
-                f"{written(y, panel.form)} at {written(x, panel.x_form)}"
-                for x, y, _ in series.points
-            )
-            parts.append(f"{series.label}: {points}")
-            continue
-        low, high, mean = min(values), max(values), sum(values) / len(values)
-        parts.append(
-            f"{series.label}: {written(low, panel.form)} to {written(high, panel.form)}, "
-            f"mean {written(mean, panel.form)}"
-        )
-    if panel.line is not None:
-        parts.append(f"{panel.line[0]}: {written(panel.line[1], panel.form)}")
-    return f"{panel.y_name[:1].upper()}{panel.y_name[1:]} by {panel.x_name}: {'; '.join(parts)}."
-
-
-def _long(panels: Sequence[_Panel]) -> tuple[_Line, tuple[_Line, ...]]:
-    """One line per point; the panels of a figure hold the same points."""
-    lines = []
-    for number, series in enumerate(panels[0].series):
-        for at, (x, _, _) in enumerate(series.points):
-            values = []
-            for panel in panels:
-                _, y, error = panel.series[number].points[at]
-                text = written(y, panel.form)
-                values.append(text if error is None else f"{text} ± {written(error, panel.form)}")
-            lines.append((series.label, written(x, panels[0].x_form), *values))
-    header = ("contender", panels[0].x_name, *(panel.y_name for panel in panels))
-    return header, tuple(lines)
-
-
-def _wide(panels: Sequence[_Panel]) -> tuple[_Line, tuple[_Line, ...]]:
-    """One line per layer, one column per panel and contender."""
-    columns = [(panel, series) for panel in panels for series in panel.series]
-    layers = sorted({x for _, series in columns for x, _, _ in series.points})
-    found = [({x: y for x, y, _ in series.points}, panel.form) for panel, series in columns]
-    header = (LAYER, *(f"{panel.y_name}, {series.label}" for panel, series in columns))
-    lines = ((f"{x:.0f}", *(written(ys.get(x), form) for ys, form in found)) for x in layers)
-    return header, tuple(lines)
-
-
-def _canvas(panels: int, height: float = _PANEL_INCHES[1] + 0.7) -> tuple[Any, list[Any]]:
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise InputError(
-            f"Figures need matplotlib ({error}); run: pip install 'loki-attn[report]', or leave "
-            "the figures out."
-        ) from error
-    size = (max(panels * _PANEL_INCHES[0], 6.0), height)
-    canvas = Figure(figsize=size, layout="constrained")
-    FigureCanvasAgg(canvas)
-    axes = list(canvas.subplots(1, panels, squeeze=False)[0])
-    for ax in axes:
-        ax.spines[["top", "right"]].set_visible(False)
-        ax.grid(visible=True, alpha=0.25)
-        ax.set_axisbelow(True)
-    return canvas, axes
-
-
-def _png(canvas: Any, title: str) -> bytes:
-    canvas.suptitle(title, fontsize=11)
-    buffer = io.BytesIO()
-    canvas.savefig(buffer, format="png", dpi=_DPI, metadata={"Software": None})
-    return buffer.getvalue()
-
-
-_DRAWINGS: Final[dict[str, Callable[[Section], FigureFile]]] = {
+_DRAWINGS: Final[dict[str, Callable[[Section], list[FigureFile]]]] = {
     "perplexity": _perplexity,
     "fidelity": _fidelity,
     "passkey": _passkey,
     "calibration": _calibration,
+    "ranks": _ranks,
     "generation": _generation,
 }

@@ -113,23 +113,18 @@ _TITLES: Final = {
 
 def section_block(section: Section) -> str:
     """A section's heading, conditions and tables."""
-    parts = []
+    blocks: list[str] = []
+    same: dict[str, str] = {}
     for caption, columns in _groups(section):
         there = tuple(c for c in columns if any(c.metric in r["metrics"] for r in section.rows))
-        if not there:
-            continue
-        header, body, same = _without_same(*_lines(section, there), 1 + len(section.varying))
-        note = cell(", ".join(f"{head} {text}" for head, text in same))
-        said = " ".join(part for part in (caption, f"In every row: {note}." * bool(note)) if part)
-        parts += [said, table(header, body)]
+        if there or not blocks:
+            header, body, told = _without_same(*_lines(section, there), 1 + len(section.varying))
+            same.update(told)
+            blocks += [caption, table(header, body)]
     if section.superseded:
-        parts.append(f"{section.superseded} older rows of the same runs are left out.")
+        blocks.append(f"{section.superseded} older rows of the same runs are left out.")
     title = f"## {_TITLES.get(section.task, section.task.capitalize())} ({cell(section.model)})"
-    if parts and not parts[0].startswith("In every row"):
-        return "\n\n".join(part for part in (title, _conditions(section), *parts) if part)
-    # What no row differs in stands with the settings.
-    conditions = " ".join((_conditions(section), *parts[:1]))
-    return "\n\n".join((title, conditions, *parts[1:]))
+    return "\n\n".join(part for part in (title, _conditions(section, same), *blocks) if part)
 
 
 def figure_block(figure: FigureFile, link: str) -> str:
@@ -226,9 +221,7 @@ def _rank_column(column: _Column) -> _Column:
     return column
 
 
-def _lines(
-    section: Section, columns: Sequence[_Column]
-) -> tuple[tuple[str, ...], list[list[str]]]:
+def _lines(section: Section, columns: Sequence[_Column]) -> tuple[tuple[str, ...], list[list[str]]]:
     """Header and lines: contender, settings that differ, metrics, budget, n."""
     budget = section.task not in _WITHOUT_BUDGET
     body = []
@@ -246,7 +239,7 @@ def _lines(
 
 def _without_same(
     header: Sequence[str], body: Sequence[Sequence[str]], leading: int
-) -> tuple[list[str], list[list[str]], list[tuple[str, str]]]:
+) -> tuple[list[str], list[list[str]], dict[str, str]]:
     """Take out the columns that tell no rows apart: what remains, and what they said.
 
     The leading columns stay, and so does a column if no other would be left beside them.
@@ -263,7 +256,7 @@ def _without_same(
     return (
         [header[at] for at in kept],
         [[line[at] for at in kept] for line in body],
-        [(head, text) for head, text in said if text != MISSING],
+        {head: text for head, text in said if text != MISSING},
     )
 
 
@@ -292,11 +285,18 @@ def _setting(row: Mapping[str, Any], section: Section) -> list[str]:
     return [cell(row["settings"].get(name, MISSING)) for name in section.varying]
 
 
-def _conditions(section: Section) -> str:
-    words = [f"{name.replace('_', ' ')} {value}" for name, value in section.common.items()]
-    settings = f"\n\nSettings: {cell(', '.join(words))}." if words else ""
+def _conditions(section: Section, same: Mapping[str, str]) -> str:
+    """Protocol, settings, and what the table would say alike in every row."""
     protocol = cell(section.protocol).rstrip(".")
-    return f"{protocol[:1].upper()}{protocol[1:]}.{settings}"
+    words = [f"{name.replace('_', ' ')} {value}" for name, value in section.common.items()]
+    alike = [f"{head} {text}" for head, text in same.items()]
+    lines = [
+        f"{said}: {cell(', '.join(parts))}."
+        for said, parts in (("Settings", words), ("In every row", alike))
+        if parts
+    ]
+    parts = [f"{protocol[:1].upper()}{protocol[1:]}.", " ".join(lines)]
+    return "\n\n".join(part for part in parts if part)
 
 
 def _any_columns(section: Section) -> tuple[_Column, ...]:
