@@ -5,6 +5,7 @@ be judged one by one.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, Final
 
 import torch
@@ -14,7 +15,7 @@ from loki_attn import attention
 from loki_attn.attention import LayerPolicy
 from loki_attn.cache import LayerCache
 from loki_attn.errors import InputError
-from loki_attn.evaluate.protocol import Contender, LanguageModel, Observation
+from loki_attn.evaluate.protocol import Contender, LanguageModel, Observation, check_names
 from loki_attn.evaluate.results import Row, make_row
 from loki_attn.kernels import ops
 from loki_attn.policy import preset
@@ -58,8 +59,10 @@ def fidelity(
         One row per contender; `metrics` holds the means and, under "layers", lists per layer.
 
     Raises:
-        InputError: If the text is too short or the windows exceed the model's context.
+        InputError: If the text is too short, the windows exceed the model's context, or two
+            contenders have the same name.
     """
+    check_names(contenders)
     if window_tokens > lm.context_tokens:
         raise InputError(
             f"{window_tokens} tokens per window exceed the model's context of {lm.context_tokens}."
@@ -69,7 +72,7 @@ def fidelity(
             f"{windows} windows of {window_tokens} tokens need {windows * window_tokens} tokens, "
             f"the text has {len(ids)}; give more text, fewer or shorter windows."
         )
-    probe = _Probe(contenders, queries, window_tokens)
+    probe = _Probe(contenders, lm.num_layers, queries, window_tokens)
     for index in range(windows):
         window = torch.tensor([ids[index * window_tokens : (index + 1) * window_tokens]])
         with lm.observing(probe):
@@ -90,7 +93,7 @@ def fidelity(
             protocol=PROTOCOL,
             settings=settings,
             metrics=probe.metrics(contender.name),
-            n=windows * queries,
+            n=windows * probe.queries,
         )
         for contender in contenders
     ]
@@ -99,10 +102,14 @@ def fidelity(
 class _Probe:
     """Judges every contender on what a layer saw, and adds up."""
 
-    def __init__(self, contenders: Sequence[Contender], queries: int, tokens: int) -> None:
+    def __init__(
+        self, contenders: Sequence[Contender], num_layers: int, queries: int, tokens: int
+    ) -> None:
         first = tokens // 2
+        self.queries = min(queries, tokens - first)
         self._contenders = contenders
-        self._rows = torch.linspace(first, tokens - 1, min(queries, tokens - first)).long()
+        self._num_layers = num_layers
+        self._rows = torch.linspace(first, tokens - 1, self.queries).long()
         self._sums: dict[tuple[str, int], Tensor] = {}
         self._windows: dict[tuple[str, int], int] = {}
 
@@ -112,9 +119,10 @@ class _Probe:
         query, visible = seen.query[:, :, self._rows], visible[:, :, self._rows]
         whole = ops().attend_masked(query, seen.key, seen.value, visible, seen.call)
         logits = ops().score(query, seen.key, None, seen.call)
-        weights = ops().estimated_weights(logits, visible, seen.call)
+        # Shares of the rows among themselves: sink logits have no row that could be chosen.
+        weights = ops().estimated_weights(logits, visible, replace(seen.call, sink_logits=None))
         for contender in self._contenders:
-            layer = _bind(contender, seen)
+            layer = _bind(contender, seen, self._num_layers)
             mask = _choose(query, layer, seen, visible)
             exact = _choose(query, _exact_twin(contender, layer), seen, visible)
             part = ops().attend_masked(query, seen.key, seen.value, mask, seen.call)
@@ -126,7 +134,7 @@ class _Probe:
                     _mass(weights, exact),
                     (error / whole.output.float().norm(dim=-1).clamp(min=1e-9)).mean(),
                 ]
-            )
+            ).cpu()
             place = (contender.name, seen.layer_index)
             self._sums[place] = self._sums.get(place, torch.zeros(len(METRICS))) + found
             self._windows[place] = self._windows.get(place, 0) + 1
@@ -140,7 +148,7 @@ class _Probe:
         return {**means, "layers": {"index": layers, **per_layer}}
 
 
-def _bind(contender: Contender, seen: Observation) -> LayerPolicy:
+def _bind(contender: Contender, seen: Observation, num_layers: int) -> LayerPolicy:
     shape = LayerShape(
         index=seen.layer_index,
         num_heads=seen.query.shape[1],
@@ -148,14 +156,7 @@ def _bind(contender: Contender, seen: Observation) -> LayerPolicy:
         head_dim=seen.key.shape[3],
         value_dim=seen.value.shape[3],
     )
-    return attention.bind(contender.policy, shape, _layers(contender, shape), contender.basis)
-
-
-def _layers(contender: Contender, shape: LayerShape) -> int:
-    """Layers to bind budgets against: the table's length, or enough for this layer."""
-    budget = contender.policy.budget
-    deepest = max((abs(i) for i in budget.dense_layers), default=0)
-    return len(budget.per_layer) or max(shape.index + 1, deepest + 1)
+    return attention.bind(contender.policy, shape, num_layers, contender.basis)
 
 
 def _exact_twin(contender: Contender, layer: LayerPolicy) -> LayerPolicy:

@@ -3,13 +3,14 @@
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Final
 
 import torch
 from torch import Tensor
 
-from loki_attn.errors import InputError
-from loki_attn.evaluate.protocol import Contender, LanguageModel
+from loki_attn.errors import InputError, LokiAttnError
+from loki_attn.evaluate.protocol import Contender, LanguageModel, check_names
 from loki_attn.evaluate.results import Row, make_row
 
 PROTOCOL: Final = (
@@ -63,8 +64,11 @@ def passkey(
         One row per contender; `accuracy` in [0, 1] with n = trials.
 
     Raises:
-        InputError: If the haystack is too short or the length exceeds the model's context.
+        InputError: If the haystack is too short, the length exceeds the model's context, or two
+            contenders have the same name.
+        LokiAttnError: If a contender never selected anything: its figure would be dense's.
     """
+    check_names(contenders)
     if length_tokens > lm.context_tokens:
         raise InputError(
             f"{length_tokens} tokens exceed the model's context of {lm.context_tokens}."
@@ -108,7 +112,11 @@ def make_trial(
     introduction, needle, question = (
         lm.encode(part.format(key=key)) for part in (_INTRODUCTION, _NEEDLE, _QUESTION)
     )
-    answer = lm.encode(f"{_QUESTION} {key}")[len(question) :]
+    # Some tokenizers join the end of the question to the key: then that belongs to the answer.
+    asked = lm.encode(f"{_QUESTION} {key}")
+    both = zip(question, asked, strict=False)
+    shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], both))
+    question, answer = asked[:shared], asked[shared:]
     room = length_tokens - len(introduction) - len(needle) - len(question) - len(answer)
     if room < 1 or len(source) <= room:
         raise InputError(
@@ -130,6 +138,12 @@ def _ask(
     cache = lm.fork(prefix)
     with lm.using(contender.policy, contender.basis, "every_query"):
         logits = torch.cat(list(lm.extend(cache, asked)))
+        acted = lm.traffic.every_query_calls > 0
+    if not (acted or contender.policy.budget.reads_everything):
+        raise LokiAttnError(
+            f"{contender.name} never selected anything: its budget covers the whole prompt, so "
+            "its figures would be dense's. Lower the budget or dense_below, or lengthen the prompt."
+        )
     guesses = logits[trial.question.shape[1] - 1 : -1].argmax(-1)
     right = guesses == trial.answer[0]
     return bool(right.all()), float(right.double().mean())

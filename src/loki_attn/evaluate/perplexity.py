@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from loki_attn.errors import InputError, LokiAttnError
-from loki_attn.evaluate.protocol import Contender, LanguageModel
+from loki_attn.evaluate.protocol import Contender, LanguageModel, check_names
 from loki_attn.evaluate.results import Row, make_row
 
 Protocol = Literal["every_query", "decode"]
@@ -60,10 +60,18 @@ def perplexity(  # noqa: PLR0913 - each is a choice of its own, by keyword
         One row per contender, with mean and paired standard error of the mean.
 
     Raises:
-        InputError: If the text is too short or the windows exceed the model's context.
+        InputError: If the text is too short, the windows exceed the model's context or are too
+            few or too short to score anything, or two contenders have the same name.
         LokiAttnError: If a contender never selected anything: its figure would be dense's.
     """
+    check_names(contenders)
     before = prefix_tokens if protocol == "decode" else 0
+    if windows < 1 or window_tokens < 2 or (protocol == "decode" and before < 2):
+        raise InputError(
+            "Perplexity needs a window of at least 2 tokens, behind a prefix of at least 2 in "
+            f"protocol 'decode'; got {windows} windows of {window_tokens} tokens, prefix "
+            f"{prefix_tokens}."
+        )
     span = before + window_tokens
     if span > lm.context_tokens:
         raise InputError(
@@ -78,7 +86,7 @@ def perplexity(  # noqa: PLR0913 - each is a choice of its own, by keyword
     count = _Counter(advance)
     for index in range(windows):
         window = torch.tensor([ids[index * span : (index + 1) * span]])
-        run = _decode_window if before else _whole_window
+        run = _decode_window if protocol == "decode" else _whole_window
         for contender, tally in run(lm, window, before, contenders, tallies, count):
             if progress is not None:
                 progress(f"window {index + 1}/{windows}  {contender:24s} {tally.summary()}")

@@ -1,6 +1,6 @@
 """What evaluation needs of a language model, so that it knows no framework."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol, final
@@ -8,6 +8,7 @@ from typing import Any, Protocol, final
 from torch import Tensor
 
 from loki_attn.basis import Basis
+from loki_attn.errors import InputError
 from loki_attn.policy import Policy
 from loki_attn.types import AttentionCall, Mode
 
@@ -59,6 +60,10 @@ class LanguageModel(Protocol):
         """Longest context that the model was trained for, in tokens."""
 
     @property
+    def num_layers(self) -> int:
+        """Layers of the model, those that stay dense included."""
+
+    @property
     def traffic(self) -> Traffic:
         """What attention read."""
 
@@ -80,7 +85,7 @@ class LanguageModel(Protocol):
         """Copy a cache that was read densely."""
 
     def extend(self, cache: Any, ids: Tensor) -> Iterator[Tensor]:
-        """Read tokens int64 [1, n]; yield float32 logits [rows, vocabulary] in blocks."""
+        """Read tokens int64 [1, n]; yield float32 logits [rows, vocabulary] on the CPU."""
 
 
 @final
@@ -91,3 +96,15 @@ class Contender:
     name: str
     policy: Policy
     basis: Basis | None = None
+
+
+def check_names(contenders: Sequence[Contender]) -> None:
+    """Refuse contenders that a result could not tell apart.
+
+    Raises:
+        InputError: If two have the same name.
+    """
+    names = [contender.name for contender in contenders]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise InputError(f"Contender {twice[0]!r} is given twice; give each a name of its own.")

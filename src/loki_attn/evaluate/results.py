@@ -31,7 +31,7 @@ class Row:
         model: The model's identity.
         contender: The policy's label in this comparison.
         policy: The policy as JSON.
-        basis: Kind and provenance of its basis, or None.
+        basis: Kind, side and provenance of its basis, or None.
         settings: Numbers that define the run: lengths, windows, seeds, corpus.
         metrics: Numbers measured, units in their names.
         n: How many items the metrics average over.
@@ -61,14 +61,13 @@ def make_row(
     n: int,
 ) -> Row:
     """Put a result together with what is known of its model, policy and basis."""
-    basis = contender.basis
     return Row(
         task=task,
         protocol=protocol,
         model=lm.identity,
         contender=contender.name,
         policy=json.loads(contender.policy.to_json()),
-        basis=None if basis is None else {"kind": basis.kind, **basis.provenance},
+        basis=_origin(contender),
         settings=settings,
         metrics=metrics,
         n=n,
@@ -106,7 +105,7 @@ def provenance() -> dict[str, Any]:
     """When, from which commit, with which versions, on which machine."""
     return {
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "commit": _commit(),
+        "commit": _commit(Path(__file__)),
         "versions": {name: _version(name) for name in _PACKAGES},
         "python": platform.python_version(),
         "machine": platform.machine(),
@@ -115,10 +114,22 @@ def provenance() -> dict[str, Any]:
     }
 
 
+def _origin(contender: Contender) -> dict[str, Any] | None:
+    basis = contender.basis
+    if basis is None:
+        return None
+    return {**basis.provenance, "kind": basis.kind, "side": basis.side}
+
+
 @cache
-def _commit() -> str | None:
-    git = ("git", "-C", str(Path(__file__).parent))
+def _commit(source: Path) -> str | None:
+    """The commit that a source file belongs to; None where git does not know the file."""
+    git = ("git", "-C", str(source.parent))
     try:
+        # An installed copy may lie inside the repository of something else.
+        subprocess.run(
+            [*git, "ls-files", "--error-unmatch", source.name], capture_output=True, check=True
+        )
         head = subprocess.run(
             [*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True
         ).stdout.strip()

@@ -17,7 +17,8 @@ from loki_attn.integrations.transformers.attachment import attach
 from loki_attn.integrations.transformers.function import Observation
 from loki_attn.integrations.transformers.identity import identity
 from loki_attn.integrations.transformers.probe import quiet
-from loki_attn.integrations.transformers.rotary import undo_rotary
+from loki_attn.integrations.transformers.rotary import Layout, find_layouts, undo_rotary
+from loki_attn.kernels import ops
 from loki_attn.key_stats import KeyStats
 from loki_attn.texts import digest
 
@@ -109,43 +110,52 @@ def collect_stats(
         "tokens": count * window,
         "versions": {p: metadata.version(p) for p in ("torch", "transformers")},
     }
-    stats, done = _resume(partial, run)
-    collector = _Collector(stats)
+    collector = _Collector(*_resume(partial, run))
     with attach(model, "dense", verify_first=False) as attachment, quiet(model):
+        collector.layouts = find_layouts(model, attachment)
         attachment.observe(collector)
         try:
-            for index in range(done, count):
+            for index in range(collector.done[1], count):
                 piece = ids[index * window : (index + 1) * window]
                 collector.begin()
                 model.base_model(input_ids=piece[None].to(model.device), use_cache=False)
                 collector.commit()
-                done = index + 1
                 if progress is not None:
-                    progress(done * window, count * window)
-                if partial is not None and done % _SAVE_EVERY_WINDOWS == 0:
-                    collector.stats.save(partial, {**run, "windows_done": done})
+                    progress((index + 1) * window, count * window)
+                if partial is not None and (index + 1) % _SAVE_EVERY_WINDOWS == 0:
+                    collector.save(partial, run)
         except BaseException:
-            if partial is not None and done:
-                collector.stats.save(partial, {**run, "windows_done": done})
+            if partial is not None:
+                collector.save(partial, run)
             raise
-    return collector.stats, run
+    return collector.done[0], run
 
 
 class _Collector:
     """Adds the moments of a window only when the whole window went through."""
 
-    def __init__(self, stats: KeyStats) -> None:
-        self.stats = stats
+    def __init__(self, stats: KeyStats, windows: int) -> None:
+        # One field for both, so that an interrupt cannot come between them.
+        self.done = stats, windows
+        self.layouts: dict[int, Layout] = {}
         self._window = KeyStats()
 
     def begin(self) -> None:
         self._window = KeyStats()
 
     def commit(self) -> None:
-        self.stats = self.stats.merge(self._window)
+        stats, windows = self.done
+        self.done = stats.merge(self._window), windows + 1
+
+    def save(self, path: Path, run: Mapping[str, JSON]) -> None:
+        stats, windows = self.done
+        if windows:
+            stats.save(path, {**run, "windows_done": windows})
 
     def __call__(self, seen: Observation) -> None:
-        pre = None if seen.rotary is None else undo_rotary(seen.key, *seen.rotary)
+        layout, pre = self.layouts.get(seen.layer_index), None
+        if layout is not None and seen.rotary is not None:
+            pre = undo_rotary(seen.key, *seen.rotary, layout)
         weight = sharpness(seen)
         self._window.update(
             seen.layer_index, seen.key, seen.query, pre_key=pre, query_weight=weight
@@ -158,19 +168,16 @@ def sharpness(seen: Observation) -> Tensor:
     Computed for every 8th query of the window, 0 for the others; a sample is enough for moments.
 
     Returns:
-        float32 [batch, heads, q_len].
+        float32 (float64 stays) [batch, heads, q_len].
     """
-    batch, heads, q_len, dim = seen.query.shape
-    kv_heads = seen.key.shape[1]
-    rows = torch.arange(_SHARP_STRIDE - 1, q_len, _SHARP_STRIDE, device=seen.query.device)
-    query = seen.query[:, :, rows].float().reshape(batch, kv_heads, -1, dim)
-    logits = query @ seen.key.float().transpose(2, 3) * seen.call.scaling
-    logits = logits.view(batch, heads, rows.numel(), -1)
-    columns = torch.arange(logits.shape[-1], device=rows.device)
-    ages = rows[:, None] + (logits.shape[-1] - q_len) - columns[None]
-    weights = logits.masked_fill(ages < 0, float("-inf")).softmax(-1)
+    q_len, seq = seen.query.shape[2], seen.key.shape[2]
+    rows = torch.arange(q_len, device=seen.query.device)[_SHARP_STRIDE - 1 :: _SHARP_STRIDE]
+    columns = torch.arange(seq, device=rows.device)
+    ages = rows[:, None] + (seq - q_len) - columns[None]
+    logits = ops().score(seen.query[:, :, rows], seen.key, None, seen.call)
+    weights = ops().estimated_weights(logits, ages >= 0, seen.call)
     far = (ages >= _SHARP_RECENTS) & (columns >= _SHARP_SINKS)
-    result = weights.new_zeros(batch, heads, q_len)
+    result = weights.new_zeros(seen.query.shape[:3])
     result[:, :, rows] = weights.masked_fill(~far, 0.0).amax(-1)
     return result
 

@@ -27,7 +27,8 @@ def model_name(model: PreTrainedModel) -> str:
     name = str(getattr(model.config, "_name_or_path", "") or "")
     if not name:
         return type(model).__name__
-    return Path(name).name if Path(name).is_absolute() or Path(name).exists() else name
+    path = Path(name)
+    return path.resolve().name if path.is_absolute() or path.exists() else name
 
 
 def _plain(value: Any) -> JSON:

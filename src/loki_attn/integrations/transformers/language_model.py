@@ -55,6 +55,11 @@ class TransformersLM:
         return int(self.model.config.get_text_config().max_position_embeddings)
 
     @property
+    def num_layers(self) -> int:
+        """Layers of the model, those that stay dense included."""
+        return int(self.model.config.get_text_config(decoder=True).num_hidden_layers)
+
+    @property
     def head_dim(self) -> int:
         """Size of a key row of the full-attention layers, in elements."""
         return next(iter(self._attachment.shapes.values())).head_dim
@@ -77,6 +82,8 @@ class TransformersLM:
         self, policy: Policy | str, basis: Basis | None = None, mode: Mode = "decode"
     ) -> Iterator[None]:
         """Attend by a policy inside the block, densely after it; counts traffic from zero."""
+        # A basis holds for one block: the next policy must not find what the last one left.
+        self._attachment.basis = None
         self._attachment.use(as_policy(policy), basis, mode)
         self.traffic.reset()
         try:
@@ -113,7 +120,9 @@ class TransformersLM:
         cache, done = self._attachment.cache(reserve_tokens=total + reserve_tokens), 0
         for chunk in torch.split(ids, chunk_tokens or total, dim=1):
             with torch.inference_mode():
-                self.model.base_model(input_ids=chunk, past_key_values=cache, use_cache=True)
+                self.model.base_model(
+                    input_ids=chunk.to(self.model.device), past_key_values=cache, use_cache=True
+                )
             done += chunk.shape[1]
             if progress is not None:
                 progress(done, total)
@@ -136,11 +145,13 @@ class TransformersLM:
             ids: The tokens.
 
         Yields:
-            float32 [rows, vocabulary], at most 256 rows at a time.
+            float32 [rows, vocabulary] on the CPU, at most 256 rows at a time.
         """
         with torch.inference_mode():
             logits = self.model(
-                input_ids=ids, past_key_values=cache, use_cache=cache is not None
+                input_ids=ids.to(self.model.device),
+                past_key_values=cache,
+                use_cache=cache is not None,
             ).logits[0]
         for rows in logits.split(_LOGIT_ROWS):
-            yield rows.float()
+            yield rows.float().cpu()
