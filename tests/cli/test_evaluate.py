@@ -135,7 +135,6 @@ def test_report(loki, written, write, tmp_path):
 
 
 def test_report_of_real_rows(evaluate, loki, tmp_path):
-    pytest.importorskip("loki_attn.report")
     evaluate("perplexity", "-p", "loki:top_k=16", *PERPLEXITY)
     evaluate("fidelity", "-p", "loki:top_k=16", *FIDELITY)
     done = loki("report", evaluate.rows, "--out", tmp_path / "r.md", "--no-figures")
