@@ -1,16 +1,20 @@
-# The commands that people and CI share. Each makes .venv ready first, so a fresh clone needs only
-# Python 3.11, pip and git.
+# The commands that people and CI share. Each makes .venv ready first, the native kernels included, so a
+# fresh clone needs only Python 3.11, pip, git and a C++ compiler.
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 READY := .venv/.ready
 ARGS ?=
+# What the native kernels are built from; a change builds them again.
+NATIVE := CMakeLists.txt $(wildcard native/*.h native/*.cpp)
 
-.PHONY: help demo test lint format clean
+.PHONY: help demo test bench sanitize lint format clean
 
 help:
 	@echo "make demo     a real model with dense and with Loki attention, side by side"
 	@echo "make test     the test suite"
+	@echo "make bench    time decode steps against torch on this machine"
+	@echo "make sanitize the native kernels under the address and undefined-behaviour sanitizers"
 	@echo "make lint     style, types and the import law"
 	@echo "make format   rewrite the sources in house style"
 	@echo "make clean    remove caches and produced files; .venv stays"
@@ -23,6 +27,12 @@ demo: $(READY)
 test: export OMP_NUM_THREADS = 1
 test: $(READY)
 	$(BIN)/python -m pytest -n 2 $(ARGS)
+
+bench: $(READY)
+	$(BIN)/loki-attn bench decode $(ARGS)
+
+sanitize: $(READY)
+	tools/sanitize.sh $(ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check
@@ -38,10 +48,13 @@ clean:
 	rm -rf build dist demo .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
 	find src tests tools -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# Rebuilt whenever the dependencies change.
-$(READY): pyproject.toml constraints.txt
+# Rebuilt whenever the dependencies or the native sources change. The build tools are pinned too, and
+# installed first: without build isolation, pip takes them from .venv.
+$(READY): pyproject.toml constraints.txt $(NATIVE)
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@echo "Installing loki-attn and its tools into .venv; the first time takes a few minutes."
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check \
-		--constraint constraints.txt --editable '.[all,dev]'
+		--constraint constraints.txt cmake ninja scikit-build-core
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check \
+		--constraint constraints.txt --no-build-isolation --editable '.[all,dev]'
 	@touch $@

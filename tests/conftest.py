@@ -1,6 +1,7 @@
 """The ground every test stands on: no hub, one thread, fixed examples in CI, poison on demand."""
 
 import os
+from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub
 
@@ -13,6 +14,21 @@ torch.set_num_threads(1)
 hypothesis.settings.register_profile("default", max_examples=20, deadline=None)
 hypothesis.settings.register_profile("ci", max_examples=100, deadline=None, derandomize=True)
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "default")
+
+
+def pytest_addoption(parser):
+    """Let the whole suite run against another build of the native library."""
+    parser.addoption(
+        "--native-library", type=Path, help="the native library to test, a sanitized one say"
+    )
+
+
+def pytest_configure(config):
+    """Choose the library before any test loads one."""
+    if library := config.getoption("--native-library"):
+        from loki_attn.kernels.native import place
+
+        place.use_library(library)
 
 
 def pytest_collection_modifyitems(items):

@@ -8,6 +8,7 @@ import torch
 from loki_attn import attention
 from loki_attn.cache import LayerCache
 from loki_attn.errors import BudgetError, PolicyError
+from loki_attn.kernels import reference
 from loki_attn.policy import preset
 from loki_attn.testing import layer_shape, plain_attention, random_rows, tiny_basis
 from loki_attn.types import AttentionCall
@@ -66,6 +67,66 @@ def test_strange_keys(special):
     out, selection = attention.decode(query, filled(layer, key, value), layer, CALL)
     assert bool(torch.isfinite(out).all())
     assert bool((selection.counts == 8).all())
+
+
+class FusedStep:
+    """A backend with a fused step: the reference otherwise; it keeps what it was asked."""
+
+    def __init__(self, answer):
+        self.answer, self.asked = answer, []
+
+    def __getattr__(self, name):
+        return getattr(reference, name)
+
+    def step(self, *asked):
+        self.asked.append(asked)
+        return self.answer
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_fused_step_is_asked_first(monkeypatch, masked):
+    query, key, value = random_rows(SHAPE, 40, batch=2)
+    policy = preset("loki", top_k=9, sinks=1, recents=2, min_k=3)
+    layer = attention.bind(policy, SHAPE, 1, tiny_basis(SHAPE))
+    cache = filled(layer, key, value)
+    visible = None
+    if masked:
+        visible = torch.ones(2, 1, 1, 40, dtype=torch.bool)
+        visible[1, ..., :35] = False
+    expected = attention.decode(query, cache, layer, CALL, visible)
+
+    kernels = FusedStep(expected)
+    monkeypatch.setattr(attention, "ops", lambda: kernels)
+    got = attention.decode(query, cache, layer, CALL, visible)
+    assert got is expected
+    (asked,) = kernels.asked
+    assert asked[0] is asked[1] is query
+    assert asked[2].data_ptr() == cache.keys.data_ptr()
+    assert asked[3].data_ptr() == cache.values.data_ptr()
+    assert asked[4].plane.kind == "int8"
+    assert (asked[5].sinks, asked[5].recents, asked[5].floor) == (1, 2, 3)
+    assert asked[6:8] == ("softmax_sum", CALL)
+    assert asked[8] is visible
+    counts = asked[5].counts
+    assert (counts.tolist() if masked else counts) == ([9, 5] if masked else 9)
+
+    kernels.answer = None
+    out, selection = attention.decode(query, cache, layer, CALL, visible)
+    torch.testing.assert_close(out, expected[0])
+    assert torch.equal(selection.indices, expected[1].indices)
+
+
+def test_a_method_with_its_own_score_is_never_fused(monkeypatch):
+    query, key, value = random_rows(SHAPE, 40)
+    layer = attention.bind(preset("exact-topk", top_k=9, sinks=1, recents=2), SHAPE, 1, None)
+    cache = filled(layer, key, value)
+    kernels = FusedStep("taken")
+    monkeypatch.setattr(attention, "ops", lambda: kernels)
+    assert attention.decode(query, cache, layer, CALL) == "taken"
+    monkeypatch.setattr(type(layer.selector), "lead", lambda self, cache: None)
+    monkeypatch.setattr(type(layer.selector), "score", lambda self, query, cache, call: None)
+    _, selection = attention.decode(query, cache, layer, CALL)
+    assert selection.indices[0, 0].tolist() == [0, *range(32, 40)]
 
 
 def test_binding_looks_up_the_layer():

@@ -34,6 +34,51 @@ def test_counts(budget, expected):
     assert counts(budget, 0, 1, 10, 1000) == expected
 
 
+@given(
+    amount=st.one_of(
+        st.just({}),
+        st.builds(lambda k: {"top_k": k}, st.integers(40, 3000)),
+        st.builds(lambda f: {"fraction": f}, st.floats(1e-6, 1.0)),
+    ),
+    sinks=st.integers(0, 9),
+    recents=st.integers(0, 20),
+    min_k=st.integers(1, 40),
+    dense_below=st.integers(0, 300),
+    visible=st.integers(0, 100_000),
+)
+@example({"fraction": 0.07}, 0, 0, 1, 0, 100)
+@example({"fraction": 0.28}, 0, 0, 1, 0, 25)
+def test_one_count_is_what_the_counts_are(amount, sinks, recents, min_k, dense_below, visible):
+    budget = Budget(**amount, sinks=sinks, recents=recents, min_k=min_k, dense_below=dense_below)
+    for rows in (visible, min(visible, dense_below), dense_below + 1):
+        count = budget.count(rows)
+        assert type(count) is int
+        assert [count] == counts(budget, rows)
+
+
+def test_a_reading_without_a_mask_is_a_number():
+    budget = Budget(fraction=0.25, sinks=2, recents=3, min_k=4, dense_below=7)
+    reading = budget.reading(100, None)
+    assert (reading.counts, reading.sinks, reading.recents) == (25, 2, 3)
+    assert (reading.mass, reading.cap, reading.floor, reading.dense_below) == (None, None, 5, 7)
+    assert budget.reading(7, None).counts == 7
+
+
+def test_a_reading_with_a_mask_counts_what_is_visible():
+    visible = torch.zeros(3, 1, 1, 100, dtype=torch.bool)
+    visible[0], visible[1, ..., 40:60] = True, True
+    reading = Budget(fraction=0.25, min_k=3).reading(100, visible)
+    assert reading.counts.dtype == torch.int64
+    assert reading.counts.tolist() == [25, 5, 0]
+    assert Budget(top_k=30).reading(100, visible[1:2]).counts.tolist() == [20]
+
+
+def test_a_reading_of_a_mass_leaves_the_counts_to_the_scores():
+    reading = Budget(mass=0.5, cap=30, sinks=4, recents=5, min_k=2, dense_below=9).reading(9, None)
+    assert reading.counts is None
+    assert (reading.mass, reading.cap, reading.floor, reading.dense_below) == (0.5, 30, 9, 9)
+
+
 @given(percent=st.integers(1, 100), visible=st.integers(1, 20_000))
 @example(percent=7, visible=100)
 @example(percent=28, visible=25)
@@ -60,6 +105,8 @@ def test_is_dense_is_what_the_counts_say(amount, min_k, dense_below, seq):
 def test_mass_has_no_fixed_counts():
     with pytest.raises(BudgetError, match="no fixed counts"):
         counts(Budget(mass=0.5), 3)
+    with pytest.raises(BudgetError, match="no fixed counts"):
+        Budget(mass=0.5).count(3)
     assert not Budget(mass=0.5).is_dense(10)
     assert Budget(mass=1.0).is_dense(10)
     assert not Budget(mass=1.0, cap=3).is_dense(10)

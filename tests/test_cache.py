@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from loki_attn.cache import LayerCache
+from loki_attn.cache import LayerCache, RowFormat
 from loki_attn.errors import CacheError
 from loki_attn.policy import preset
 from loki_attn.testing import layer_shape, random_rows, tiny_basis
@@ -130,6 +130,118 @@ def test_reset_gives_memory_back():
     assert cache.positions[0, 0].tolist() == list(range(10))
 
 
+def loki(**fields):
+    return preset("loki", rank=5, **fields).select.bind(SHAPE, tiny_basis(SHAPE).layer(0))
+
+
+@pytest.mark.parametrize("plane", ["int8", "int4", "bf16", "fp32"])
+def test_tiles_share_the_storage_and_a_plane_is_a_copy(plane):
+    cache = LayerCache(loki(plane_dtype=plane))
+    cache.append(*random_rows(SHAPE, 21, batch=2)[1:])
+    tiles = cache.tiles("lead")
+    assert (tiles.kind, tiles.rank, tiles.length) == (plane, 5, 21)
+    assert tiles.data.shape[2] * 16 == cache.capacity
+    assert torch.equal(tiles.rows(), cache.plane("lead"))
+    tiles.data.zero_()
+    assert not bool(cache.tiles("lead").data.any())
+    assert torch.equal(cache.prefix(4).plane("lead"), cache.plane("lead")[:, :, :4])
+    assert cache.prefix(4).tiles("lead").length == 4
+
+
+@pytest.mark.parametrize("kept", [0, 1, 15, 16, 17])
+def test_capacity_fills_whole_tiles(kept):
+    cache = LayerCache(loki())
+    cache.append(*random_rows(SHAPE, 21, batch=2)[1:])
+    assert cache.capacity == 64
+    cache.keep(torch.arange(kept).expand(2, 2, -1))
+    assert cache.capacity == -(-kept // 16) * 16
+    assert cache.length == kept
+    cache.append(*random_rows(SHAPE, 3, batch=2)[1:])
+    assert cache.capacity % 16 == 0
+    assert cache.plane("lead").shape == (2, 2, kept + 3, 5)
+
+
+class Kernels:
+    """Ops whose append writes nothing, keeps what it was asked and says it is done, or not."""
+
+    def __init__(self, done):
+        self.done, self.requests = done, []
+
+    def append(self, request):
+        self.requests.append(request)
+        return self.done
+
+
+@pytest.mark.parametrize("plane", ["int8", "int4", "bf16", "fp32"])
+def test_a_kernel_is_offered_the_whole_append(monkeypatch, plane):
+    selector, kernels = loki(plane_dtype=plane), Kernels(done=False)
+    monkeypatch.setattr("loki_attn.cache.ops", lambda: kernels)
+    cache, key, value = LayerCache(selector), *random_rows(SHAPE, 21, batch=2)[1:]
+    cache.append(key, value)
+    cache.keep(torch.arange(0, 20, 2).expand(2, 2, -1))
+    cache.append(key[:, :, :3], value[:, :, :3])
+    first, second = kernels.requests
+    assert (first.start, first.first_position, first.lead.length) == (0, 0, 21)
+    assert (second.start, second.first_position, second.lead.length) == (10, 21, 13)
+    assert torch.equal(second.key, key[:, :, :3])
+    assert torch.equal(second.value, value[:, :, :3])
+    for whole, rows in ((second.keys, cache.keys), (second.values, cache.values)):
+        assert whole.data_ptr() == rows.data_ptr()
+        assert whole.shape[2] == cache.capacity
+    assert second.positions.dtype == torch.int32
+    assert second.positions.data_ptr() == cache.positions.data_ptr()
+    assert second.lead.data.data_ptr() == cache.tiles("lead").data.data_ptr()
+    assert (second.lead.kind, second.lead.rank) == (plane, 5)
+    assert torch.equal(second.key_map, tiny_basis(SHAPE).layer(0).key_map[..., :5])
+    if plane in {"bf16", "fp32"}:
+        assert second.lead_scales is None
+    else:
+        assert second.lead_scales.shape == (2, 2, cache.capacity)
+        assert second.lead_scales.dtype == torch.float16
+
+
+def test_what_a_kernel_did_is_not_done_again(monkeypatch, poison):
+    kernels = Kernels(done=True)
+    monkeypatch.setattr("loki_attn.cache.ops", lambda: kernels)
+    cache, key, value = LayerCache(), *random_rows(SHAPE, 4)[1:]
+    cache.append(key, value)
+    assert cache.length == cache.seen == 4
+    assert bool(torch.isnan(cache.keys).all())
+    (request,) = kernels.requests
+    assert (request.lead, request.lead_scales, request.key_map) == (None, None, None)
+
+
+class OwnPlanes(RowFormat):
+    """Planes that nothing but their own code can make."""
+
+    def planes(self, key):
+        return {"own": key[..., :2]}
+
+
+class Undecided(OwnPlanes):
+    """The same; it could describe a lead, but has none."""
+
+    def lead_format(self, device):
+        return None
+
+
+@pytest.mark.parametrize(
+    "row_format",
+    [loki(layout="rotated"), OwnPlanes(), Undecided()],
+    ids=["rows", "planes", "undecided"],
+)
+def test_a_kernel_is_not_offered_what_it_cannot_know(monkeypatch, row_format):
+    kernels = Kernels(done=True)
+    monkeypatch.setattr("loki_attn.cache.ops", lambda: kernels)
+    cache, key, value = LayerCache(row_format), *random_rows(SHAPE, 4)[1:]
+    cache.append(key, value)
+    plain = LayerCache()
+    plain.append(key, value, torch.arange(4)[None])
+    assert len(kernels.requests) == 0
+    assert torch.equal(cache.keys, row_format.rows(key))
+    assert torch.equal(plain.keys, key)
+
+
 def test_moving():
     cache, _, _ = filled()
     cache.to("cpu")
@@ -202,5 +314,9 @@ def test_what_is_not_there():
         _ = LayerCache().keys
     with pytest.raises(CacheError, match="no plane 'lead'; it holds key, value, position"):
         filled()[0].plane("lead")
+    with pytest.raises(CacheError, match="'key' is not kept in tiles; read plane"):
+        filled()[0].tiles("key")
+    with pytest.raises(CacheError, match="no plane 'lead'; it holds nothing: append first"):
+        LayerCache().tiles("lead")
     with pytest.raises(CacheError, match="append first"):
         LayerCache().keep(torch.zeros(1, 1, 1, dtype=torch.long))

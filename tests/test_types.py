@@ -5,6 +5,7 @@ from dataclasses import FrozenInstanceError
 import pytest
 
 from loki_attn.testing import layer_shape
+from loki_attn.types import Lead, Reading
 
 
 def test_group():
@@ -15,3 +16,7 @@ def test_group():
 def test_frozen():
     with pytest.raises(FrozenInstanceError):
         layer_shape().head_dim = 3
+    with pytest.raises(FrozenInstanceError):
+        Lead(None).plane = 3
+    with pytest.raises(FrozenInstanceError):
+        Reading(counts=3).counts = 4

@@ -6,7 +6,8 @@
     q, rows     --attend-->  output             [batch, heads, q_len, head_dim]
 
 This file is the documentation of a decode step and its end-to-end oracle; the integrations call
-these functions.
+these functions. A backend may do a decode step in one kernel, and must then choose and return what
+the line below does.
 """
 
 from dataclasses import dataclass, replace
@@ -119,12 +120,41 @@ def decode(
     Returns:
         [batch, heads, 1, value_dim] in the query's dtype, and what was read.
     """
+    rows_query = layer.selector.query_rows(query)
+    at_once = _at_once(query, rows_query, cache, layer, call, visible)
+    if at_once is not None:
+        return at_once
     if visible is None:
         visible = torch.ones(1, 1, 1, cache.length, dtype=torch.bool, device=query.device)
     scores, counts, forced = select(query, cache, layer, call, visible)
     selection = ops().choose(scores, counts, visible, forced)
-    rows_query = layer.selector.query_rows(query)
     return ops().attend(rows_query, cache.keys, cache.values, selection, call).output, selection
+
+
+def _at_once(
+    query: Tensor,
+    rows_query: Tensor,
+    cache: LayerCache,
+    layer: LayerPolicy,
+    call: AttentionCall,
+    visible: Tensor | None,
+) -> tuple[Tensor, Selection] | None:
+    """The whole decode step in one kernel, where the method and the kernels have such a form."""
+    lead = layer.selector.lead(cache)
+    if lead is None:
+        return None
+    reading = layer.budget.reading(cache.length, visible)
+    return ops().step(
+        query,
+        rows_query,
+        cache.keys,
+        cache.values,
+        lead,
+        reading,
+        layer.group_reduce,
+        call,
+        visible,
+    )
 
 
 def every_query(

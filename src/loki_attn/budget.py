@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from loki_attn.errors import BudgetError
+from loki_attn.types import Reading
 
 _ROUNDING: Final = 1e-9
 
@@ -135,8 +136,7 @@ class Budget:
         Raises:
             BudgetError: If the budget is a mass, whose counts depend on the scores.
         """
-        if self.mass is not None:
-            raise BudgetError("A mass budget has no fixed counts; they follow from the scores.")
+        self._require_counts()
         if self.top_k is not None:
             amount = torch.full_like(visible, self.top_k)
         elif self.fraction is not None:
@@ -150,9 +150,54 @@ class Budget:
         """Bring counts into the range that sinks, recents, min_k, cap, dense_below allow."""
         if self.cap is not None:
             amount = amount.clamp(max=self.cap)
-        floor = max(self.min_k, self.sinks + self.recents)
-        amount = torch.where(visible <= self.dense_below, visible, amount.clamp(min=floor))
+        amount = amount.clamp(min=self._floor)
+        amount = torch.where(visible <= self.dense_below, visible, amount)
         return torch.minimum(amount, visible)
+
+    def count(self, visible: int) -> int:
+        """The same as `counts` for one number of visible rows, without torch.
+
+        Raises:
+            BudgetError: If the budget is a mass.
+        """
+        self._require_counts()
+        if visible <= self.dense_below:
+            return visible
+        amount = visible
+        if self.top_k is not None:
+            amount = self.top_k
+        elif self.fraction is not None:
+            amount = math.ceil(visible * self.fraction - _ROUNDING)
+        return min(max(amount, self._floor), visible)
+
+    def reading(self, seq_len: int, visible: Tensor | None) -> Reading:
+        """Resolve the budget for one single-token step.
+
+        Args:
+            seq_len: Rows held.
+            visible: None where all of them are visible, or bool [batch or 1, 1, 1, seq_len].
+        """
+        counts: int | Tensor | None = None
+        if self.mass is None:
+            rows = None if visible is None else visible.sum(-1)[:, 0, 0]
+            counts = self.count(seq_len) if rows is None else self.counts(rows)
+        return Reading(
+            counts=counts,
+            sinks=self.sinks,
+            recents=self.recents,
+            mass=self.mass,
+            cap=self.cap,
+            floor=self._floor,
+            dense_below=self.dense_below,
+        )
+
+    @property
+    def _floor(self) -> int:
+        return max(self.min_k, self.sinks + self.recents)
+
+    def _require_counts(self) -> None:
+        if self.mass is not None:
+            raise BudgetError("A mass budget has no fixed counts; they follow from the scores.")
 
     def is_dense(self, seq_len: int) -> bool:
         """Whether a context of `seq_len` tokens is read whole whatever the scores are."""

@@ -1,18 +1,40 @@
 """LayerCache: the rows of one attention layer, growable, with row-aligned side planes."""
 
+from collections.abc import Callable, Mapping
 from copy import copy
-from typing import Final
+from dataclasses import dataclass
+from typing import Final, final
 
 import torch
 from torch import Tensor
 
 from loki_attn.errors import CacheError
+from loki_attn.kernels import ops
+from loki_attn.storage import Storage, storage_for, take_rows
+from loki_attn.tiles import TILE_ROWS, Kind, Tiles
+from loki_attn.types import AppendRequest
 
 KEY: Final = "key"
 VALUE: Final = "value"
 POSITION: Final = "position"
 _GROWTH: Final = 1.5
 _BLOCK_TOKENS: Final = 64
+
+
+@final
+@dataclass(frozen=True)
+class LeadFormat:
+    """How `planes` computes the one lead plane of keys, so that a kernel can do the same.
+
+    Attributes:
+        plane: Name of the plane; it is kept in tiles.
+        scales: Name of the plane with the scale of each row's codes; None without one.
+        key_map: float32 [kv_heads, head_dim, rank], contiguous: keys to lead coordinates.
+    """
+
+    plane: str
+    scales: str | None
+    key_map: Tensor
 
 
 class RowFormat:
@@ -27,13 +49,27 @@ class RowFormat:
         del key
         return {}
 
+    def tiled(self) -> Mapping[str, Kind]:
+        """Return which of the planes are kept in tiles, and as what."""
+        return {}
+
+    def lead_format(self, device: torch.device) -> LeadFormat | None:
+        """Return what `planes` does, where all of it is one lead plane; None otherwise."""
+        del device
+        return None
+
+    def stores_only(self, lead: LeadFormat | None) -> bool:
+        """Return whether keys are stored untouched, with no planes but those of this lead."""
+        own = type(self)
+        return own.rows is RowFormat.rows and (lead is not None or own.planes is RowFormat.planes)
+
 
 class LayerCache:
     """Keys, values, positions and planes of one layer, in preallocated storage that grows.
 
-    All of them are row tensors [batch, kv_heads, capacity, ...] that every operation treats alike,
-    so planes can never lose their rows. Rows stand in order of position. Slots beyond `length` are
-    unwritten memory and are never read.
+    Each of them is a `Storage`, rows singly or in tiles, and every operation treats all of them
+    alike, so planes can never lose their rows. Rows stand in order of position. Slots beyond
+    `length` are unwritten memory and are never read.
 
     Args:
         row_format: What a stored key looks like and which planes go with it.
@@ -44,7 +80,7 @@ class LayerCache:
         """Start empty; storage is allocated at the first append."""
         self.row_format = row_format or RowFormat()
         self._reserve_tokens = reserve_tokens
-        self._storage: dict[str, Tensor] = {}
+        self._storage: dict[str, Storage] = {}
         self._length = 0
         self._seen = 0
 
@@ -60,8 +96,8 @@ class LayerCache:
 
     @property
     def capacity(self) -> int:
-        """Rows that fit without growing, in tokens."""
-        return self._storage[KEY].shape[2] if self._storage else 0
+        """Rows that fit without growing, in tokens; fills whole tiles."""
+        return self._storage[KEY].capacity if self._storage else 0
 
     @property
     def keys(self) -> Tensor:
@@ -79,15 +115,25 @@ class LayerCache:
         return self.plane(POSITION)
 
     def plane(self, name: str) -> Tensor:
-        """Return the written rows of one row tensor [batch, kv_heads, length, ...], a view.
+        """Return the written rows of one plane [batch, kv_heads, length, ...].
+
+        A view; of a plane in tiles a copy, which is for inspection: kernels read `tiles`.
 
         Raises:
             CacheError: If nothing was appended yet or no plane has this name.
         """
-        if name not in self._storage:
-            held = ", ".join(self._storage) or "nothing: append first"
-            raise CacheError(f"The cache holds no plane {name!r}; it holds {held}.")
-        return self._storage[name].narrow(2, 0, self._length)
+        return self._held(name).read(self._length)
+
+    def tiles(self, name: str) -> Tiles:
+        """Return one plane in tiles; shares this storage.
+
+        Raises:
+            CacheError: If nothing was appended yet, or no plane in tiles has this name.
+        """
+        found = self._held(name).as_tiles(self._length)
+        if found is None:
+            raise CacheError(f"The plane {name!r} is not kept in tiles; read plane({name!r}).")
+        return found
 
     def prefix(self, length: int) -> "LayerCache":
         """Return the first `length` rows as a cache that shares this storage; only to be read.
@@ -113,20 +159,17 @@ class LayerCache:
             CacheError: If the shapes or the dtype do not continue the rows held.
         """
         self._check_append(key, value, positions)
-        rows = {KEY: self.row_format.rows(key), VALUE: value, **self.row_format.planes(key)}
-        if positions is None:
-            tokens = key.shape[2]
-            positions = torch.arange(self._seen, self._seen + tokens, device=key.device)[None]
-        rows[POSITION] = positions.to(torch.int32)[:, None].expand(key.shape[:3])
-        self._make_room(rows, key.shape[2])
-        for name, new in rows.items():
-            self._storage[name].narrow(2, self._length, key.shape[2]).copy_(new)
-        self._length += key.shape[2]
-        self._seen += key.shape[2]
+        tokens = key.shape[2]
+        self._make_room(key, value)
+        if positions is not None or not self._append_at_once(key, value):
+            for name, rows in self._encode(key, value, positions).items():
+                self._storage[name].write(self._length, rows)
+        self._length += tokens
+        self._seen += tokens
 
     def gather(self, indices: Tensor) -> tuple[Tensor, Tensor]:
         """Return the key and value rows at `indices` [batch, kv_heads, k], as copies."""
-        return _take_rows(self.keys, indices), _take_rows(self.values, indices)
+        return take_rows(self.keys, indices), take_rows(self.values, indices)
 
     def keep(self, indices: Tensor) -> None:
         """Keep only these rows, for good; planes and positions go with them.
@@ -137,7 +180,7 @@ class LayerCache:
         Raises:
             CacheError: If indices have other heads, are out of range, or not strictly ascending.
         """
-        held = self.plane(KEY).shape
+        held = self.keys.shape
         if indices.ndim != 3 or indices.shape[:2] != held[:2]:
             raise CacheError(
                 f"keep needs rows per [batch={held[0]}, kv_heads={held[1]}], got indices "
@@ -147,8 +190,11 @@ class LayerCache:
             raise CacheError(f"keep needs rows in 0..{self._length - 1}, got others.")
         if bool((indices[..., 1:] <= indices[..., :-1]).any()):
             raise CacheError("keep needs strictly ascending rows; sort them and drop repeats.")
-        self._storage = {n: _take_rows(self.plane(n), indices) for n in self._storage}
-        self._length = indices.shape[2]
+        kept = {}
+        for name, storage in self._storage.items():
+            kept[name] = storage.empty(_whole_tiles(indices.shape[2]), allocate)
+            storage.copy_rows(indices, kept[name])
+        self._storage, self._length = kept, indices.shape[2]
 
     def truncate(self, length: int) -> None:
         """Drop rows from the end until `length` tokens remain.
@@ -163,11 +209,11 @@ class LayerCache:
 
     def select_batch(self, rows: Tensor) -> None:
         """Make the batch consist of these rows of it, int64 [new_batch]; also reorders beams."""
-        self._storage = {n: t.index_select(0, rows.to(t.device)) for n, t in self._storage.items()}
+        self._change(lambda data: data.index_select(0, rows.to(data.device)))
 
     def repeat_batch(self, repeats: int) -> None:
         """Repeat every batch row `repeats` times, neighbours together."""
-        self._storage = {n: t.repeat_interleave(repeats, 0) for n, t in self._storage.items()}
+        self._change(lambda data: data.repeat_interleave(repeats, 0))
 
     def converted(self, row_format: RowFormat) -> "LayerCache":
         """Return a copy in another format; the rows held must be as the model made them."""
@@ -178,8 +224,8 @@ class LayerCache:
         return other
 
     def to(self, device: torch.device | str) -> None:
-        """Move all row tensors to a device."""
-        self._storage = {n: t.to(device) for n, t in self._storage.items()}
+        """Move all rows to a device."""
+        self._change(lambda data: data.to(device))
 
     def reset(self) -> None:
         """Forget all rows and give their memory back."""
@@ -187,13 +233,22 @@ class LayerCache:
         self._length = self._seen = 0
 
     def nbytes(self) -> int:
-        """Bytes really held: every row tensor with its unused capacity."""
-        return sum(t.nbytes for t in self._storage.values())
+        """Bytes really held: all storage with its unused capacity."""
+        return sum(storage.nbytes for storage in self._storage.values())
 
     def row_bytes(self, *names: str) -> int:
-        """Bytes that one row of one KV head takes in these row tensors (all of them by default)."""
+        """Bytes that one row of one KV head takes under these names (all of them by default)."""
         chosen = names or tuple(self._storage)
-        return sum(self._storage[n][0, 0, :1].nbytes for n in chosen)
+        return sum(self._storage[name].row_bytes for name in chosen)
+
+    def _held(self, name: str) -> Storage:
+        if name not in self._storage:
+            held = ", ".join(self._storage) or "nothing: append first"
+            raise CacheError(f"The cache holds no plane {name!r}; it holds {held}.")
+        return self._storage[name]
+
+    def _change(self, change: Callable[[Tensor], Tensor]) -> None:
+        self._storage = {name: held.changed(change) for name, held in self._storage.items()}
 
     def _check_append(self, key: Tensor, value: Tensor, positions: Tensor | None) -> None:
         if key.ndim != 4 or value.ndim != 4 or key.shape[:3] != value.shape[:3]:
@@ -210,7 +265,7 @@ class LayerCache:
         if not self._storage:
             return
         for name, new in ((KEY, key), (VALUE, value)):
-            held = self._storage[name]
+            held = self._storage[name].data
             if new.shape[:2] != held.shape[:2] or new.shape[3] != held.shape[3]:
                 raise CacheError(
                     f"The cache holds {name} rows [batch={held.shape[0]}, kv_heads="
@@ -220,19 +275,48 @@ class LayerCache:
             if new.dtype != held.dtype:
                 raise CacheError(f"The cache holds {held.dtype} {name} rows, got {new.dtype}.")
 
-    def _make_room(self, rows: dict[str, Tensor], tokens: int) -> None:
-        needed = self._length + tokens
+    def _encode(self, key: Tensor, value: Tensor, positions: Tensor | None) -> dict[str, Tensor]:
+        """The new rows of every name, as the format wants them."""
+        if positions is None:
+            positions = torch.arange(self._seen, self._seen + key.shape[2], device=key.device)[None]
+        places = positions.to(torch.int32)[:, None].expand(key.shape[:3])
+        planes = self.row_format.planes(key)
+        return {KEY: self.row_format.rows(key), VALUE: value, **planes, POSITION: places}
+
+    def _make_room(self, key: Tensor, value: Tensor) -> None:
+        needed = self._length + key.shape[2]
         if self._storage and needed <= self.capacity:
             return
+        held = self._storage or self._without_capacity(key, value)
         wanted = max(needed, self._reserve_tokens, int(self.capacity * _GROWTH))
         wanted = -(-wanted // _BLOCK_TOKENS) * _BLOCK_TOKENS
-        grown = {}
-        for name, new in rows.items():
-            shape = (*new.shape[:2], wanted, *new.shape[3:])
-            grown[name] = allocate(shape, new.dtype, new.device)
-            if self._storage:
-                grown[name].narrow(2, 0, self._length).copy_(self.plane(name))
-        self._storage = grown
+        self._storage = {n: s.grown(wanted, self._length, allocate) for n, s in held.items()}
+
+    def _without_capacity(self, key: Tensor, value: Tensor) -> dict[str, Storage]:
+        """Storage without room, of the shapes and dtypes that encoding no tokens shows."""
+        samples = self._encode(key[:, :, :0], value[:, :, :0], None)
+        tiled = self.row_format.tiled()
+        return {name: storage_for(rows, tiled.get(name)) for name, rows in samples.items()}
+
+    def _append_at_once(self, key: Tensor, value: Tensor) -> bool:
+        """Let a kernel write all that follows from these rows; it says whether it did."""
+        lead = self.row_format.lead_format(key.device)
+        if not self.row_format.stores_only(lead):
+            return False
+        held = {name: storage.data for name, storage in self._storage.items()}
+        request = AppendRequest(
+            key=key,
+            value=value,
+            keys=held[KEY],
+            values=held[VALUE],
+            positions=held[POSITION],
+            start=self._length,
+            first_position=self._seen,
+            lead=lead and self._storage[lead.plane].as_tiles(self._length + key.shape[2]),
+            lead_scales=held[lead.scales] if lead and lead.scales else None,
+            key_map=lead and lead.key_map,
+        )
+        return ops().append(request)
 
 
 def allocate(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -240,8 +324,5 @@ def allocate(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -
     return torch.empty(shape, dtype=dtype, device=device)
 
 
-def _take_rows(rows: Tensor, indices: Tensor) -> Tensor:
-    index = indices.to(rows.device)
-    if rows.ndim == 4:
-        index = index[..., None].expand(*index.shape, rows.shape[3])
-    return rows.gather(2, index)
+def _whole_tiles(rows: int) -> int:
+    return -(-rows // TILE_ROWS) * TILE_ROWS

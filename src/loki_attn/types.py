@@ -10,6 +10,8 @@ from typing import Literal, final
 
 from torch import Tensor
 
+from loki_attn.tiles import Tiles
+
 GroupReduce = Literal["softmax_sum", "max", "none"]
 """How a group of query heads agrees on what to read; "none" lets every query head choose alone."""
 
@@ -87,3 +89,76 @@ class AttentionOutput:
 
     output: Tensor
     log_sum_exp: Tensor
+
+
+@final
+@dataclass(frozen=True)
+class Lead:
+    """What ranks the rows of one layer: their leading coordinates, and how a query meets them.
+
+    Attributes:
+        plane: [batch, kv_heads, length, rank] float rows, or tiles; None ranks by recency, later
+            rows first, and reads nothing.
+        scales: For tiles of codes, float16 [batch, kv_heads, length]: factor of each row's codes.
+        query_map: float32 [kv_heads, head_dim, rank], contiguous; None where the first `rank`
+            coordinates of the query itself rank the rows.
+    """
+
+    plane: Tensor | Tiles | None
+    scales: Tensor | None = None
+    query_map: Tensor | None = None
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Reading:
+    """How much one single-token step reads: a budget, resolved for the rows that are visible.
+
+    Attributes:
+        counts: Rows to read, sinks and recents included: a number where no mask is given, int64
+            [batch or 1] with a mask, None where the scores decide, by `mass`.
+        sinks: First visible rows that are always read.
+        recents: Last visible rows that are always read.
+        mass: With counts None: share of the estimated attention to reach, in (0, 1].
+        cap: With `mass`: most rows to read; None for no limit.
+        floor: With `mass`: fewest rows to read, where that many are visible.
+        dense_below: With `mass`: where at most this many rows are visible, all are read.
+    """
+
+    counts: int | Tensor | None
+    sinks: int = 0
+    recents: int = 0
+    mass: float | None = None
+    cap: int | None = None
+    floor: int = 1
+    dense_below: int = 0
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class AppendRequest:
+    """New rows of one layer and the storage that they go to, which has room for them.
+
+    Attributes:
+        key: [batch, kv_heads, tokens, head_dim], stored as it is.
+        value: [batch, kv_heads, tokens, value_dim].
+        keys: Storage [batch, kv_heads, capacity, head_dim], dtype of `key`.
+        values: Storage [batch, kv_heads, capacity, value_dim], dtype of `value`.
+        positions: Storage int32 [batch, kv_heads, capacity].
+        start: Rows held; the new ones are written behind them.
+        first_position: Position of the first new token; the others follow it one by one.
+        lead: Storage of the lead plane with the length that the append leaves; None without one.
+        lead_scales: Storage float16 [batch, kv_heads, capacity], for a lead of codes.
+        key_map: float32 [kv_heads, head_dim, rank], contiguous: keys to lead coordinates.
+    """
+
+    key: Tensor
+    value: Tensor
+    keys: Tensor
+    values: Tensor
+    positions: Tensor
+    start: int
+    first_position: int
+    lead: Tiles | None = None
+    lead_scales: Tensor | None = None
+    key_map: Tensor | None = None

@@ -62,6 +62,7 @@ def test_doctor_json(loki, calibrate, cache):
         "threads",
         "gpu",
         "backends",
+        "native",
         "optional",
         "cache",
     }
@@ -88,6 +89,31 @@ def test_doctor_says_what_is_rejected(loki, monkeypatch):
     found = loki("doctor", "--json").json["backends"]
     assert found["chosen"] is None
     assert "'native' was asked for but no compiler" in found["problem"]
+
+
+def test_doctor_shows_the_native_kernels(loki, monkeypatch):
+    native = {
+        "isa": "avx2",
+        "isas": ["avx2", "portable"],
+        "threads": 2,
+        "pool": "lent by torch",
+        "library": "/x/libloki_attn.so",
+    }
+    module = ModuleType("loki_attn.kernels.native")
+    module.describe = lambda: native
+    monkeypatch.setattr(backends, "names", lambda: ("native",))
+    monkeypatch.setattr(backends, "probe", lambda name: backends.Accepted(name, module))
+    assert loki("doctor", "--json").json["native"] == native
+    shown = loki("doctor").stdout
+    for words in ("instruction set", "avx2, portable", "lent by torch", "libloki_attn.so"):
+        assert words in shown
+
+
+def test_doctor_is_silent_on_native_kernels_that_cannot_run(loki, monkeypatch):
+    monkeypatch.setattr(backends, "names", lambda: ("native", "reference"))
+    monkeypatch.setattr(backends, "probe", lambda name: backends.Rejected(name, "no compiler"))
+    assert loki("doctor", "--json").json["native"] is None
+    assert "instruction set" not in loki("doctor").stdout
 
 
 @pytest.fixture

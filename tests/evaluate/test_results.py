@@ -2,7 +2,6 @@
 
 import json
 import re
-import subprocess
 from dataclasses import asdict
 from types import SimpleNamespace
 
@@ -10,9 +9,9 @@ import pytest
 
 from loki_attn import Policy, preset
 from loki_attn.errors import InputError
-from loki_attn.evaluate import results
 from loki_attn.evaluate.protocol import Contender
-from loki_attn.evaluate.results import append_rows, make_row, provenance, read_rows
+from loki_attn.evaluate.results import append_rows, make_row, read_rows
+from loki_attn.provenance import provenance
 from loki_attn.testing import layer_shape, tiny_basis
 
 LM = SimpleNamespace(identity={"id": "tiny", "hash": "abc", "rope": None})
@@ -112,31 +111,3 @@ def test_a_row_records_when_where_and_with_what_it_was_made():
     assert made["threads"] == torch.get_num_threads()
     assert made["python"].startswith("3.")
     assert made["machine"]
-
-
-def test_the_commit_is_that_of_the_file_and_says_when_there_are_changes(tmp_path):
-    """A file that git does not know, as in an installed package, has no commit."""
-
-    def git(*arguments):
-        who = ("-c", "user.name=n", "-c", "user.email=e", "-c", "commit.gpgsign=false")
-        done = subprocess.run(
-            ["git", "-C", str(tmp_path), *who, *arguments],
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        return done.stdout.strip()
-
-    commit = results._commit.__wrapped__
-    source, stranger = tmp_path / "source.py", tmp_path / "stranger.py"
-    source.write_text("1")
-    stranger.write_text("1")
-    git("init", "--quiet")
-    git("add", "source.py")
-    git("commit", "--quiet", "--no-verify", "--message", "m")
-    head = git("rev-parse", "--short=12", "HEAD")
-    assert commit(source) == head
-    source.write_text("2")
-    assert commit(source) == f"{head}+changes"
-    assert commit(stranger) is None
-    assert commit(tmp_path.parent / "elsewhere.py") is None

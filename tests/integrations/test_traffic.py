@@ -23,7 +23,7 @@ CALLS = LAYERS * 4
     ("method", "score_bytes"),
     [
         ("exact_topk", 64),
-        ("loki_planes", 6 + 2),  # int8 codes of rank 6 and a float16 scale
+        ("loki_planes", 8 + 2),  # int8 codes of rank 6 in two lines of 4, and a float16 scale
         ("loki_rotated", 6 * 4),
     ],
 )

@@ -1,5 +1,8 @@
 """The oracle itself, against independent formulas, over dtypes, odd shapes and odd numbers."""
 
+import itertools
+
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -15,7 +18,8 @@ from loki_attn.testing import (
     plain_weights,
     random_rows,
 )
-from loki_attn.types import AttentionCall, Selection
+from loki_attn.tiles import pack
+from loki_attn.types import AppendRequest, AttentionCall, Lead, Reading, Selection
 
 INF = float("inf")
 SHAPE = layer_shape(4, 2, 16)
@@ -181,6 +185,98 @@ def test_scores_of_codes_are_scores_of_what_they_stand_for(softcap):
     if softcap:
         logits = softcap * torch.tanh(logits / softcap)
     torch.testing.assert_close(got, logits.float())
+
+
+def rounded_score(query, codes, scales, scaling):
+    """The rule for codes, with numpy's float32 and Python's integers, one logit at a time."""
+    batch, heads, q_len, _ = query.shape
+    group = heads // codes.shape[1]
+    out = torch.empty(batch, heads, q_len, codes.shape[2])
+    for b, h, i in itertools.product(range(batch), range(heads), range(q_len)):
+        row = query[b, h, i].numpy()
+        step = np.float32(np.abs(row).max()) / np.float32(127)
+        if step < np.finfo(np.float32).smallest_normal:
+            step = np.float32(1)
+        mine = [round(float(x)) for x in row / step]  # Python, too, rounds halves to even
+        factor = np.float32(step * np.float32(scaling))
+        for t, theirs in enumerate(codes[b, h // group].tolist()):
+            dot = sum(x * y for x, y in zip(mine, theirs, strict=True))
+            scale = np.float32(scales[b, h // group, t].item())
+            out[b, h, i, t] = float(np.float32(dot) * factor * scale)
+    return out
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+@pytest.mark.parametrize("size", [1.0, 1e-30, 1e30, 1e-44, 0.0])
+def test_codes_meet_a_query_of_codes(kind, size):
+    """To the last bit; a query of zeros, or too small for a scale, scores 0."""
+    most = 127 if kind == "int8" else 7
+    query = random_rows(SHAPE, 1, q_len=2, batch=2)[0] * size
+    codes = torch.randint(-most, most + 1, (2, 2, 21, 16), dtype=torch.int8)
+    scales = torch.rand(2, 2, 21).half()
+    got = reference.score(query, pack(codes, kind), scales, call_of())
+    assert torch.equal(got, rounded_score(query, codes, scales, 0.25))
+    if size < 1e-40:
+        assert not bool(got.any())
+
+
+def test_halves_of_a_query_code_go_to_the_even_one():
+    query = torch.tensor([127.0, 0.5, 1.5, 2.5, -0.5, -1.5, -2.5, 126.5]).view(1, 1, 1, 8)
+    codes = torch.eye(8, dtype=torch.int8)[None, None]
+    got = reference.score(query, pack(codes, "int8"), torch.ones(1, 1, 8).half(), call_of())
+    assert (got * 4).flatten().tolist() == [127.0, 0.0, 2.0, 2.0, 0.0, -2.0, -2.0, 126.0]
+
+
+def test_float64_queries_stay_float64():
+    query = random_rows(SHAPE, 1, batch=2, dtype=torch.float64)[0]
+    codes = torch.randint(-127, 128, (2, 2, 9, 16), dtype=torch.int8)
+    scales = torch.rand(2, 2, 9).half()
+    got = reference.score(query, pack(codes, "int8"), scales, call_of())
+    assert got.dtype == torch.float64
+    step = query.abs().amax(-1, keepdim=True) / 127
+    decoded = codes.double() * scales.double()[..., None]
+    torch.testing.assert_close(got, plain_logits((query / step).round() * step, decoded, call_of()))
+
+
+@pytest.mark.parametrize(("kind", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
+def test_float_tiles_meet_a_query_of_their_precision(kind, dtype):
+    query, key, _ = random_rows(SHAPE, 21, q_len=2, batch=2)
+    got = reference.score(query, pack(key, kind), None, call_of(softcap=2.0))
+    rounded = [rows.to(dtype).double() for rows in (query, key)]
+    expected = 2.0 * torch.tanh(plain_logits(*rounded, call_of()) / 2.0)
+    torch.testing.assert_close(got, expected.float())
+
+
+def test_plain_rows_meet_the_query_as_it_is():
+    query, key, _ = random_rows(SHAPE, 21, dtype=torch.bfloat16)
+    got = reference.score(query.float() + 1e-3, key, None, call_of())
+    expected = plain_logits(query.double() + 1e-3, key.double(), call_of())
+    torch.testing.assert_close(got, expected.float())
+
+
+@pytest.mark.parametrize("rank", [1, 13, 16])
+@pytest.mark.parametrize("kind", ["fp32", "bf16", "int8", "int4"])
+def test_columns_that_no_row_fills_change_nothing(kind, rank):
+    query = random_rows(layer_shape(4, 2, rank), 1, batch=2)[0]
+    codes = torch.randint(-7, 8, (2, 2, 21, rank), dtype=torch.int8)
+    tiles, scales = pack(codes, kind), torch.rand(2, 2, 21).half()
+    clean = reference.score(query, tiles, scales, call_of())
+    for junk in (127, -1 if kind != "int4" else 255, *([float("nan")] if kind[0] != "i" else [])):
+        tiles.data[:, :, 1, :, 5:] = junk
+        assert torch.equal(reference.score(query, tiles, scales, call_of()), clean)
+
+
+def test_there_is_no_fused_form():
+    """The plain path of the cache, and the straight line, are the reference."""
+    query, key, value = random_rows(SHAPE, 5)
+    places = torch.zeros(1, 2, 5, dtype=torch.int32)
+    request = AppendRequest(
+        key=key, value=value, keys=key, values=value, positions=places, start=0, first_position=0
+    )
+    assert reference.append(request) is False
+    lead, reading = Lead(key), Reading(counts=2)
+    done = reference.step(query, query, key, value, lead, reading, "softmax_sum", call_of(), None)
+    assert done is None
 
 
 # choose -------------------------------------------------------------------------------------

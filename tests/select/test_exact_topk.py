@@ -66,3 +66,13 @@ def test_scoring_reads_whole_keys():
     cache = LayerCache(layer.selector)
     cache.append(*random_rows(SHAPE, 9, dtype=torch.bfloat16)[1:])
     assert layer.selector.score_bytes(cache) == 32 * 2
+
+
+def test_the_keys_themselves_lead():
+    layer = attention.bind(Policy(select=ExactTopK()), SHAPE, 1, None)
+    cache = LayerCache(layer.selector)
+    cache.append(*random_rows(SHAPE, 9)[1:])
+    lead = layer.selector.lead(cache)
+    assert lead.plane.data_ptr() == cache.keys.data_ptr()
+    assert lead.plane.shape == cache.keys.shape
+    assert (lead.scales, lead.query_map) == (None, None)

@@ -13,6 +13,7 @@ from loki_attn.policy import Policy
 from loki_attn.select.exact_topk import ExactTopK
 from loki_attn.select.loki import LEAD, LEAD_SCALE, Loki, quantise_rows
 from loki_attn.testing import layer_shape, random_rows, spectral_basis, tiny_basis
+from loki_attn.tiles import as_columns, from_columns
 from loki_attn.types import AttentionCall
 
 SHAPE = layer_shape(6, 2, 32)
@@ -146,24 +147,28 @@ def test_the_int8_plane_ranks_like_the_float_plane(decay):
     scale=st.floats(-30, 15),
     shift=st.floats(-3, 3),
     seed=st.integers(0, 999),
+    bits=st.sampled_from([8, 4]),
 )
-def test_codes_are_within_half_a_step(rank, scale, shift, seed):
+def test_codes_are_within_half_a_step(rank, scale, shift, seed, bits):
     """U11, over magnitudes of 2^-30 to 2^15, also where the row does not straddle zero."""
+    largest = {8: 127, 4: 7}[bits]
     draw = torch.Generator().manual_seed(seed)
     rows = (torch.randn(2, 3, 7, rank, generator=draw) + shift) * 2.0**scale
-    rows = rows.clamp(-127 * 65504, 127 * 65504)
-    codes, scales = quantise_rows(rows)
+    rows = rows.clamp(-largest * 65504, largest * 65504)
+    codes, scales = quantise_rows(rows, bits)
     assert codes.dtype == torch.int8
     assert scales.dtype == torch.float16
     unclamped = scales > torch.finfo(torch.float16).smallest_normal
-    assert bool((codes.abs().amax(-1)[unclamped] == 127).all())
+    assert int(codes.abs().max()) <= largest
+    assert bool((codes.abs().amax(-1)[unclamped] == largest).all())
     decoded = codes.double() * scales.double()[..., None]
     error = (decoded - rows.double()).abs().amax(-1)
     assert bool((error <= scales.double() / 2 * (1 + 1e-6)).all())
 
 
-def test_zero_rows_are_zero_codes():
-    codes, scales = quantise_rows(torch.zeros(1, 1, 2, 4))
+@pytest.mark.parametrize("bits", [8, 4])
+def test_zero_rows_are_zero_codes(bits):
+    codes, scales = quantise_rows(torch.zeros(1, 1, 2, 4), bits)
     assert not bool(codes.any())
     assert bool((scales > 0).all())
 
@@ -172,7 +177,11 @@ def test_zero_rows_are_zero_codes():
     ("select", "bytes_per_row", "read"),
     [
         (Loki(rank=12), 12 + 2, 12 + 2),
+        (Loki(rank=10), 12 + 2, 12 + 2),  # whole lines of 4 bytes
+        (Loki(rank=16, plane_dtype="int4"), 8 + 2, 8 + 2),
+        (Loki(rank=12, plane_dtype="int4"), 8 + 2, 8 + 2),
         (Loki(rank=12, plane_dtype="bf16"), 24, 24),
+        (Loki(rank=11, plane_dtype="bf16"), 24, 24),
         (Loki(rank=12, plane_dtype="fp32"), 48, 48),
         (Loki(rank=12, layout="rotated"), 0, 24),
         (Loki(rank=0.25), 8 + 2, 8 + 2),
@@ -182,9 +191,59 @@ def test_zero_rows_are_zero_codes():
 def test_bytes_are_as_the_docstring_says(select, bytes_per_row, read):
     layer = bound(select, top_k=4)
     cache = filled(layer, *random_rows(SHAPE, 9, dtype=torch.bfloat16)[1:])
-    extra = [name for name in cache._storage if name in {LEAD, LEAD_SCALE}]
+    extra = {LEAD, LEAD_SCALE} & cache._storage.keys()
     assert (cache.row_bytes(*extra) if extra else 0) == bytes_per_row
     assert layer.selector.score_bytes(cache) == read
+
+
+@pytest.mark.parametrize("rank", [1, 9, 12, 32])
+@pytest.mark.parametrize("plane", ["int8", "int4", "bf16", "fp32"])
+def test_the_plane_holds_the_leading_coordinates(plane, rank, poison):
+    """By their definition, from fresh memory full of junk; the padding of the rank is zeros."""
+    _, key, value = random_rows(SHAPE, 21, batch=2)
+    maps = tiny_basis(SHAPE).layer(0).key_map
+    cache = filled(bound(Loki(rank=rank, plane_dtype=plane), top_k=4), key, value)
+    lead = key @ maps[..., :rank]
+    rows = cache.plane(LEAD).float()
+    if plane in {"int8", "int4"}:
+        rows = rows * cache.plane(LEAD_SCALE).float()[..., None]
+    largest = {"int8": 127, "int4": 7, "bf16": 128, "fp32": float("inf")}[plane]
+    bound_on_error = lead.abs().amax(-1, keepdim=True) / largest * 0.51
+    # Sums of products in another order: a rounding of the largest part each.
+    bound_on_error = bound_on_error + (key.abs() @ maps.abs()).amax(-1, keepdim=True) * 1e-6
+    assert bool(((rows - lead).abs() <= bound_on_error).all())
+    columns = as_columns(cache.tiles(LEAD).data)[:, :, :21]
+    padding = from_columns(columns, plane)[..., rank:]
+    assert not bool(padding.any())
+
+
+@pytest.mark.parametrize("plane", ["int8", "int4", "bf16", "fp32"])
+def test_the_lead_says_what_the_planes_do(plane):
+    """What a fused kernel is told equals what the plain path stores."""
+    _, key, value = random_rows(SHAPE, 21)
+    layer = bound(Loki(rank=9, plane_dtype=plane), top_k=4)
+    cache, lead_format = filled(layer, key, value), layer.selector.lead_format(key.device)
+    assert layer.selector.stores_only(lead_format)
+    assert lead_format.plane == LEAD
+    assert lead_format.scales == (LEAD_SCALE if plane in {"int8", "int4"} else None)
+    assert lead_format.key_map.dtype == torch.float32
+    assert lead_format.key_map.is_contiguous()
+    lead = layer.selector.lead(cache)
+    assert (lead.plane.kind, lead.plane.rank, lead.plane.length) == (plane, 9, 21)
+    assert (lead.scales is None) == (lead_format.scales is None)
+    assert lead.query_map.shape == (2, 32, 9)
+    assert lead.query_map.is_contiguous()
+
+
+def test_rotated_rows_lead_with_their_prefix():
+    _, key, value = random_rows(SHAPE, 21)
+    layer = bound(Loki(rank=9, layout="rotated"), top_k=4)
+    cache = filled(layer, key, value)
+    lead = layer.selector.lead(cache)
+    assert torch.equal(lead.plane, cache.keys[..., :9])
+    assert lead.scales is None
+    assert torch.equal(lead.query_map, tiny_basis(SHAPE).layer(0).query_map[..., :9])
+    assert not layer.selector.stores_only(layer.selector.lead_format(key.device))
 
 
 def test_planes_leave_rows_untouched_and_rotation_is_undone():
@@ -255,5 +314,5 @@ def test_rotation_needs_an_orthogonal_basis():
 def test_unknown_choices_list_the_valid_ones():
     with pytest.raises(UnknownNameError, match=r"Unknown layout 'plane'\. Did you mean 'planes'"):
         Loki(layout="plane")
-    with pytest.raises(UnknownNameError, match="Valid: bf16, fp32, int8"):
-        Loki(plane_dtype="int4")
+    with pytest.raises(UnknownNameError, match="Valid: bf16, fp32, int4, int8"):
+        Loki(plane_dtype="int2")

@@ -8,7 +8,17 @@ import typer
 from typer.core import TyperGroup
 
 import loki_attn
-from loki_attn.cli import calibrate, demo, doctor, evaluate, generate, inspect, methods, report
+from loki_attn.cli import (
+    bench,
+    calibrate,
+    demo,
+    doctor,
+    evaluate,
+    generate,
+    inspect,
+    methods,
+    report,
+)
 from loki_attn.cli.terminal import fail, stderr
 from loki_attn.errors import LokiAttnError
 
@@ -75,3 +85,4 @@ def _message(error: LokiAttnError | OSError) -> str:
 for _module in (calibrate, inspect, generate, report, methods, doctor, demo):
     app.command(_module.NAME, epilog=_module.EXAMPLE)(_module.command)
 app.add_typer(evaluate.app, name="eval")
+app.add_typer(bench.app, name="bench")

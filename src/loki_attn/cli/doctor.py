@@ -31,6 +31,9 @@ _CPU_FLAGS: Final = (
     "avx512_fp16", "amx_bf16", "amx_int8", "asimd", "asimddp", "i8mm", "bf16", "sve", "sve2",
 )  # fmt: skip
 
+# The fields of `loki_attn.kernels.native.describe`.
+_NATIVE_WORDS: Final = {"isa": "instruction set", "isas": "can be had", "pool": "thread pool"}
+
 
 def command(as_json: options.Json = False) -> None:
     """Show versions, the processor, backends, optional packages and the cache."""
@@ -65,6 +68,7 @@ def examine() -> dict[str, Any]:
         },
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "backends": _backends(),
+        "native": _native(),
         "optional": {
             name: {"version": _version(name), "for": use} for name, use in _OPTIONAL.items()
         },
@@ -85,6 +89,19 @@ def _backends() -> dict[str, Any]:
     except LokiAttnError as error:
         chosen, problem = None, str(error)
     return {"chosen": chosen, "problem": problem, "probed": answers}
+
+
+def _native() -> dict[str, Any] | None:
+    """The native kernels as they run here, or None where `_backends` says why they do not."""
+    from loki_attn.kernels import backends
+
+    if "native" not in backends.names():
+        return None
+    answer = backends.probe("native")
+    if isinstance(answer, backends.Rejected):
+        return None
+    described: dict[str, Any] = answer.module.describe()
+    return described
 
 
 def _cache() -> dict[str, Any]:
@@ -132,6 +149,10 @@ def _tables(found: dict[str, Any]) -> list[tuple[str, list[str], list[list[str]]
         for b in backends["probed"]
     ]
     chosen = [["chosen", backends["chosen"] or "none", backends["problem"] or ""]]
+    native = [
+        [_NATIVE_WORDS.get(key, key), ", ".join(value) if isinstance(value, list) else str(value)]
+        for key, value in (found["native"] or {}).items()
+    ]
     optional = [
         [name, about["version"] or "not installed", about["for"]]
         for name, about in found["optional"].items()
@@ -147,6 +168,7 @@ def _tables(found: dict[str, Any]) -> list[tuple[str, list[str], list[list[str]]
     return [
         ("Here", ["what", "found"], here),
         ("Backends", ["backend", "verdict", "why"], probed + chosen),
+        *([("Native kernels", ["what", "found"], native)] if native else []),
         ("Optional packages", ["package", "version", "for"], optional),
         ("Cache", ["what", "found"], held),
     ]

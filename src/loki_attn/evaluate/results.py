@@ -2,22 +2,17 @@
 
 import json
 import os
-import platform
-import subprocess
-import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import cache
-from importlib import metadata
 from pathlib import Path
-from typing import Any, final
-
-import torch
+from typing import TYPE_CHECKING, Any, final
 
 from loki_attn.errors import InputError
 from loki_attn.evaluate.protocol import Contender, LanguageModel
+from loki_attn.provenance import provenance
 
-_PACKAGES = ("loki-attn", "torch", "transformers")
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 
 @final
@@ -47,7 +42,7 @@ class Row:
     settings: Mapping[str, Any]
     metrics: Mapping[str, Any]
     n: int
-    provenance: Mapping[str, Any] = field(default_factory=lambda: provenance())
+    provenance: Mapping[str, Any] = field(default_factory=provenance)
 
 
 def make_row(
@@ -74,8 +69,8 @@ def make_row(
     )
 
 
-def append_rows(path: Path, rows: list[Row]) -> None:
-    """Append rows to a JSON-lines file; a line is written whole or not at all."""
+def append_rows(path: Path, rows: "Sequence[DataclassInstance]") -> None:
+    """Append rows, dataclasses of JSON values, to a JSON-lines file; a line is written whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
     text = "".join(json.dumps(asdict(row), sort_keys=True) + "\n" for row in rows)
     with path.open("ab") as file:
@@ -101,65 +96,11 @@ def read_rows(path: Path) -> Iterator[dict[str, Any]]:
             continue
 
 
-def provenance() -> dict[str, Any]:
-    """When, from which commit, with which versions, on which machine."""
-    return {
-        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "commit": _commit(Path(__file__)),
-        "versions": {name: _version(name) for name in _PACKAGES},
-        "python": platform.python_version(),
-        "machine": platform.machine(),
-        "processor": _processor(),
-        "threads": torch.get_num_threads(),
-    }
-
-
 def _origin(contender: Contender) -> dict[str, Any] | None:
     basis = contender.basis
     if basis is None:
         return None
     return {**basis.provenance, "kind": basis.kind, "side": basis.side}
-
-
-@cache
-def _commit(source: Path) -> str | None:
-    """The commit that a source file belongs to; None where git does not know the file."""
-    git = ("git", "-C", str(source.parent))
-    try:
-        # An installed copy may lie inside the repository of something else.
-        subprocess.run(
-            [*git, "ls-files", "--error-unmatch", source.name], capture_output=True, check=True
-        )
-        head = subprocess.run(
-            [*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True
-        ).stdout.strip()
-        status = subprocess.run(
-            [*git, "status", "--porcelain", "--untracked-files=no"],
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return f"{head}+changes" if status else head
-
-
-@cache
-def _version(name: str) -> str | None:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-@cache
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor()
 
 
 def _ends_with_newline(path: Path) -> bool:

@@ -1,22 +1,53 @@
 """The ops of the decode step, as the chosen backend implements them.
 
-A backend is a module of this folder with the functions of `reference.py`; `backends.py` chooses.
+A backend is a module of this folder with some of the functions of `reference.py`; `backends.py`
+chooses it. Ops that it does not have, and calls of several query tokens, are plain torch whatever
+the backend: fast kernels are for decoding. Tensors that it does not serve (another device or dtype)
+go to plain torch as well, unless the backend was asked for by name: that never falls back.
 """
 
 from functools import cache
-from typing import Any, Protocol, cast
+from types import ModuleType
+from typing import Any, Final, Protocol, cast, final
 
 from torch import Tensor
 
+from loki_attn.errors import LokiAttnError
 from loki_attn.kernels import backends
-from loki_attn.types import AttentionCall, AttentionOutput, GroupReduce, Selection
+from loki_attn.tiles import Tiles
+from loki_attn.types import (
+    AppendRequest,
+    AttentionCall,
+    AttentionOutput,
+    GroupReduce,
+    Lead,
+    Reading,
+    Selection,
+)
 
 
 class Ops(Protocol):
     """What every backend offers; `reference.py` documents each op."""
 
+    def append(self, request: AppendRequest) -> bool:
+        """Write new rows and their lead, or nothing."""
+
+    def step(  # noqa: PLR0913 - what its three parts take together
+        self,
+        query: Tensor,
+        rows_query: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        lead: Lead,
+        reading: Reading,
+        how: GroupReduce,
+        call: AttentionCall,
+        visible: Tensor | None,
+    ) -> tuple[Tensor, Selection] | None:
+        """Score, choose and attend in one, or None."""
+
     def score(
-        self, query: Tensor, plane: Tensor, scales: Tensor | None, call: AttentionCall
+        self, query: Tensor, plane: Tensor | Tiles, scales: Tensor | None, call: AttentionCall
     ) -> Tensor:
         """Logits of every row from its leading coordinates."""
 
@@ -81,11 +112,64 @@ class Ops(Protocol):
     ) -> Tensor:
         """Dense attention."""
 
+    def dense_column_sums(
+        self,
+        query: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        visible: Tensor | None,
+        call: AttentionCall,
+    ) -> tuple[Tensor, Tensor]:
+        """Dense attention of one query token, and what every row received."""
+
     def causal_mask(self, q_len: int, seq: int, device: Any) -> Tensor:
         """Which rows the last q_len queries see."""
 
 
 @cache
 def ops(backend: str | None = None) -> Ops:
-    """Return the ops of a backend, by default the best that runs here."""
-    return cast("Ops", backends.resolve(backend).module)
+    """Return the ops of a backend, by default the best that runs here.
+
+    Raises:
+        UnknownNameError: If no backend has this name.
+        LokiAttnError: If the named one cannot run here, or later meets tensors it does not serve.
+    """
+    chosen = backends.resolve(backend)
+    plain = backends.resolve(PLAIN).module
+    if chosen.name == PLAIN:
+        return cast("Ops", plain)
+    return cast("Ops", _Routed(chosen, plain, strict=backends.asked(backend) is not None))
+
+
+PLAIN: Final = "reference"
+
+
+@final
+class _Routed:
+    """Sends every op to the backend, or to plain torch where the backend does not serve it."""
+
+    def __init__(self, chosen: backends.Accepted, plain: ModuleType, *, strict: bool) -> None:
+        self._name = chosen.name
+        self._fast = chosen.module
+        self._plain = plain
+        self._strict = strict
+        for op in (name for name in vars(Ops) if not name.startswith("_")):
+            fast = getattr(self._fast, op, None)
+            own = getattr(plain, op)
+            setattr(self, op, own if fast is None else self._route(op, fast, own))
+
+    def _route(self, op: str, fast: Any, plain: Any) -> Any:
+        def served(*args: Any, **kwargs: Any) -> Any:
+            if op != "append" and args[0].shape[2] != 1:
+                return plain(*args, **kwargs)
+            try:
+                return fast(*args, **kwargs)
+            except backends.Unserved as why:
+                if self._strict:
+                    raise LokiAttnError(
+                        f"Backend {self._name!r} was asked for, and cannot run {op!r} here because "
+                        f"{why}; drop the request to let plain torch serve it."
+                    ) from why
+            return plain(*args, **kwargs)
+
+        return served

@@ -32,10 +32,18 @@ class Rejected:
     reason: str
 
 
+@final
+class Unserved(Exception):
+    """A backend does not serve these tensors; the text says why, to be read after "because"."""
+
+
 def names() -> tuple[str, ...]:
-    """Backends that this installation has, found by file name."""
-    files = Path(__file__).parent.glob("*.py")
-    return tuple(sorted(f.stem for f in files if f.stem not in _NOT_BACKENDS))
+    """Backends that this installation has: the modules and packages of this folder."""
+    here = Path(__file__).parent
+    found = [f.stem for f in here.glob("*.py")] + [
+        f.parent.name for f in here.glob("*/__init__.py")
+    ]
+    return tuple(sorted(name for name in found if name not in _NOT_BACKENDS))
 
 
 def probe(name: str) -> Accepted | Rejected:
@@ -54,6 +62,11 @@ def probe(name: str) -> Accepted | Rejected:
     return Rejected(name, reason) if reason else Accepted(name, module)
 
 
+def asked(name: str | None = None) -> str | None:
+    """The backend asked for by name or, without one, by the environment; None for neither."""
+    return name or os.environ.get(ENVIRONMENT_VARIABLE) or None
+
+
 def resolve(name: str | None = None) -> Accepted:
     """Return the backend to use: the named one, the environment's, or the best that runs.
 
@@ -65,11 +78,11 @@ def resolve(name: str | None = None) -> Accepted:
         UnknownNameError: If the name is not known.
         LokiAttnError: If the named backend cannot run here; it never falls back.
     """
-    asked = name or os.environ.get(ENVIRONMENT_VARIABLE)
-    if asked:
-        answer = probe(asked)
+    wanted = asked(name)
+    if wanted:
+        answer = probe(wanted)
         if isinstance(answer, Rejected):
-            raise LokiAttnError(f"Backend {asked!r} was asked for but {answer.reason}.")
+            raise LokiAttnError(f"Backend {wanted!r} was asked for but {answer.reason}.")
         return answer
     for candidate in _PREFERENCE:
         if candidate in names() and isinstance(found := probe(candidate), Accepted):

@@ -8,29 +8,91 @@ from torch import Tensor
 from torch.nn import functional
 
 from loki_attn.errors import InputError
-from loki_attn.types import AttentionCall, AttentionOutput, GroupReduce, Selection
+from loki_attn.tiles import CODE_KINDS, Tiles
+from loki_attn.types import (
+    AppendRequest,
+    AttentionCall,
+    AttentionOutput,
+    GroupReduce,
+    Lead,
+    Reading,
+    Selection,
+)
 
 NEG_INF = float("-inf")
 _QUERY_BLOCK = 256
+_LARGEST_CODE = 127
+_SMALLEST_NORMAL = torch.finfo(torch.float32).smallest_normal
 
 
-def score(query: Tensor, plane: Tensor, scales: Tensor | None, call: AttentionCall) -> Tensor:
+def append(request: AppendRequest) -> bool:
+    """Write new rows, their positions and their lead in one pass.
+
+    Returns:
+        Whether everything was written. Here never: the plain path of the cache is the reference.
+    """
+    del request
+    return False
+
+
+def step(  # noqa: PLR0913 - what scoring, choosing and attending take together
+    query: Tensor,
+    rows_query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    lead: Lead,
+    reading: Reading,
+    how: GroupReduce,
+    call: AttentionCall,
+    visible: Tensor | None,
+) -> tuple[Tensor, Selection] | None:
+    """Score, choose and attend in one pass, for one query token.
+
+    Args:
+        query: [batch, heads, 1, head_dim], as the model made it; `lead` maps it.
+        rows_query: The same in the space of the stored keys.
+        keys: [batch, kv_heads, T, head_dim].
+        values: [batch, kv_heads, T, value_dim].
+        lead: What ranks the rows.
+        reading: How much is read.
+        how: How the query heads of a group agree.
+        call: Scaling, soft-cap, sink logits.
+        visible: None for all rows, or bool [batch or 1, 1, 1, T].
+
+    Returns:
+        [batch, heads, 1, value_dim] in the query's dtype and what was read, or None where there is
+        no fused form. Here there is none: the straight line of `attention.decode` is the reference.
+    """
+    del query, rows_query, keys, values, lead, reading, how, call, visible
+    return None
+
+
+def score(
+    query: Tensor, plane: Tensor | Tiles, scales: Tensor | None, call: AttentionCall
+) -> Tensor:
     """Logits of every row from its leading coordinates (arXiv 2406.02542, algorithm 1).
 
-    Reads T * r plane elements and T scales.
+    Reads T * r plane elements and T scales. A query meets tiles in their own precision: codes meet
+    codes, in an exact integer product, and bfloat16 meets bfloat16. It meets plain rows unrounded.
 
     Args:
         query: [batch, heads, q_len, r], the leading coordinates of the mapped query.
-        plane: [batch, kv_heads, T, r], float, or int8 codes.
-        scales: None, or float [batch, kv_heads, T]: factor of each row's codes.
+        plane: [batch, kv_heads, T, r], or tiles of such rows.
+        scales: None, or float [batch, kv_heads, T]: factor of each row, which codes need.
         call: Scaling and soft-cap of the logits.
 
     Returns:
         float32 [batch, heads, q_len, T]: scaled (and capped) logits.
     """
-    logits = _grouped_matmul(query, plane, call.scaling)
+    if not isinstance(plane, Tiles):
+        logits = _grouped_matmul(query, plane, call.scaling)
+    elif plane.kind in CODE_KINDS:
+        logits = _score_codes(query, plane, call.scaling)
+    else:
+        rounded = query.to(torch.bfloat16).to(query.dtype) if plane.kind == "bf16" else query
+        logits = _grouped_matmul(rounded, plane.rows(), call.scaling)
     if scales is not None:
-        grouped = logits.view(*plane.shape[:2], -1, plane.shape[2])
+        grouped = logits.view(*scales.shape[:2], -1, scales.shape[2])
         grouped.mul_(scales.to(logits.dtype)[:, :, None])
     return _cap(logits, call.softcap)
 
@@ -239,6 +301,28 @@ def dense(
     return _without_leaks(out, query, keys, values, visible, call)
 
 
+def dense_column_sums(
+    query: Tensor, keys: Tensor, values: Tensor, visible: Tensor | None, call: AttentionCall
+) -> tuple[Tensor, Tensor]:
+    """Dense attention of one query token, and what every row received of it.
+
+    Args:
+        query: [batch, heads, 1, head_dim].
+        keys: [batch, kv_heads, T, head_dim].
+        values: [batch, kv_heads, T, value_dim].
+        visible: None, or bool [batch or 1, 1, 1, T].
+        call: Scaling, soft-cap, sink logits.
+
+    Returns:
+        [batch, heads, 1, value_dim] in the query's dtype, and float32 [batch, kv_heads, T]: the
+        soft-max weights of each row, summed over the query heads of its group.
+    """
+    logits = _cap(_grouped_matmul(query, keys, call.scaling), call.softcap)
+    weights = estimated_weights(logits, visible, call)
+    sums = weights.view(*keys.shape[:2], -1, keys.shape[2]).sum(2)
+    return attend_masked(query, keys, values, visible, call).output, sums.float()
+
+
 def causal_mask(q_len: int, seq: int, device: torch.device) -> Tensor:
     """Bool [1, 1, q_len, seq]: query i is row seq - q_len + i; it sees itself and the past."""
     last = torch.arange(seq - q_len, seq, device=device)[:, None]
@@ -278,6 +362,18 @@ def _without_leaks(
     if bool(torch.isfinite(out).all()):
         return out.masked_fill(~visible.any(-1, keepdim=True), 0.0)
     return _dense_blocks(query, keys, values, visible, call)
+
+
+def _score_codes(query: Tensor, plane: Tiles, scaling: float) -> Tensor:
+    """The query becomes int8 codes, too, with one scale per head and token.
+
+    The product of codes is exact: float32 holds every integer up to 1040 * 127 * 127.
+    """
+    wide = torch.promote_types(query.dtype, torch.float32)
+    scale = query.to(wide).abs().amax(-1, keepdim=True) / _LARGEST_CODE
+    scale = scale.masked_fill(scale < _SMALLEST_NORMAL, 1.0)
+    codes = torch.round(query.to(wide) / scale)
+    return _grouped_matmul(codes, plane.rows(), 1.0).mul_(scale * scaling)
 
 
 def _nth_best(ranked: Tensor, counts: Tensor) -> Tensor:

@@ -11,12 +11,10 @@ State per token: none.
 from dataclasses import dataclass
 from typing import ClassVar, final
 
-from torch import Tensor
-
 from loki_attn.basis import LayerBasis
 from loki_attn.cache import LayerCache
 from loki_attn.select.base import Select, Selector
-from loki_attn.types import AttentionCall, LayerShape
+from loki_attn.types import LayerShape, Lead
 
 
 @final
@@ -34,9 +32,10 @@ class Dense(Select):
 
 @final
 class _DenseSelector(Selector):
-    def score(self, query: Tensor, cache: LayerCache, call: AttentionCall) -> None:
-        """Nothing to score."""
-        del query, cache, call
+    def lead(self, cache: LayerCache) -> Lead:
+        """Nothing to choose: all rows are read."""
+        del cache
+        return Lead(None)
 
     def score_bytes(self, cache: LayerCache) -> int:
         """Nothing is read to choose."""

@@ -12,13 +12,10 @@ State per token: none.
 from dataclasses import dataclass
 from typing import ClassVar, final
 
-from torch import Tensor
-
 from loki_attn.basis import LayerBasis
 from loki_attn.cache import KEY, LayerCache
-from loki_attn.kernels import ops
 from loki_attn.select.base import Select, Selector
-from loki_attn.types import AttentionCall, LayerShape
+from loki_attn.types import LayerShape, Lead
 
 
 @final
@@ -36,9 +33,9 @@ class ExactTopK(Select):
 
 @final
 class _ExactTopKSelector(Selector):
-    def score(self, query: Tensor, cache: LayerCache, call: AttentionCall) -> Tensor:
-        """Score with all coordinates."""
-        return ops().score(query, cache.keys, None, call)
+    def lead(self, cache: LayerCache) -> Lead:
+        """All coordinates of the keys themselves."""
+        return Lead(cache.keys)
 
     def score_bytes(self, cache: LayerCache) -> int:
         """A whole key row."""

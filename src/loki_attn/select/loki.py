@@ -8,9 +8,11 @@ What we do differently: a basis mixed of query-and-key balanced and PCA columns,
     head after RoPE; one choice per group of query heads; sinks and recents that are always read;
     and a quantised lead plane beside untouched rows. `layout="rotated"` with an orthogonal basis
     is the published form.
-Bytes read per decode step: per KV head, T * (rank + 2) with an int8 plane (T * rank * 2 in bf16,
-    T * rank * b as the prefix of rotated rows), and k * (head_dim + value_dim) * b.
-State per token: rank + 2 bytes per KV head with an int8 plane, 2 * rank in bf16, 0 when rotated.
+Bytes read per decode step: per KV head, T * (rank + 2) with an int8 plane (T * (rank / 2 + 2) in
+    int4, T * rank * 2 in bf16, T * rank * 4 in fp32, T * rank * b as the prefix of rotated rows),
+    and k * (head_dim + value_dim) * b. A plane's bytes per row are rounded up to a multiple of 4.
+State per token: rank + 2 bytes per KV head with an int8 plane, rank / 2 + 2 in int4, 2 * rank in
+    bf16, 4 * rank in fp32, rounded up alike; 0 when rotated.
 """
 
 from dataclasses import dataclass
@@ -20,15 +22,16 @@ import torch
 from torch import Tensor
 
 from loki_attn.basis import LayerBasis
-from loki_attn.cache import KEY, LayerCache
+from loki_attn.cache import KEY, LayerCache, LeadFormat
 from loki_attn.errors import PolicyError, unknown_name
-from loki_attn.kernels import ops
-from loki_attn.select.base import Select, Selector
-from loki_attn.types import AttentionCall, LayerShape
+from loki_attn.select.base import Select, Selector, map_query
+from loki_attn.tiles import CODE_KINDS, Kind, tile_dtype
+from loki_attn.types import LayerShape, Lead
 
 LEAD: Final = "lead"
 LEAD_SCALE: Final = "lead_scale"
-_PLANE_DTYPES: Final = {"int8": torch.int8, "bf16": torch.bfloat16, "fp32": torch.float32}
+_PLANE_DTYPES: Final[tuple[Kind, ...]] = ("int8", "int4", "bf16", "fp32")
+_BITS: Final[dict[Kind, int]] = {"int8": 8, "int4": 4}
 _LAYOUTS: Final = ("planes", "rotated")
 _ORTHOGONAL_TOLERANCE: Final = 1e-3
 _LEAST_RANK: Final = 32
@@ -44,14 +47,15 @@ class Loki(Select):
             below 1 as a float; None for a quarter of head_dim, but at least 32.
         layout: "planes" keeps rows untouched beside a contiguous lead plane, "rotated" stores
             keys in the basis, their prefix being the lead.
-        plane_dtype: "int8" with a float16 scale per row, "bf16" or "fp32"; for "planes" only.
+        plane_dtype: "int8" or "int4" with a float16 scale per row, "bf16" or "fp32"; for "planes"
+            only. A query is rounded like the plane to rank the rows, never to attend to them.
     """
 
     method: ClassVar[str] = "loki"
     needs_basis: ClassVar[bool] = True
     rank: int | float | None = None
     layout: Literal["planes", "rotated"] = "planes"
-    plane_dtype: Literal["int8", "bf16", "fp32"] = "int8"
+    plane_dtype: Literal["int8", "int4", "bf16", "fp32"] = "int8"
 
     def __post_init__(self) -> None:
         """Refuse values that no layer could serve."""
@@ -84,7 +88,7 @@ class Loki(Select):
         if rank > shape.head_dim:
             raise PolicyError(f"rank={rank} is above head_dim={shape.head_dim}; lower it.")
         if self.layout == "planes":
-            return _PlanesSelector(basis, rank, _PLANE_DTYPES[self.plane_dtype])
+            return _PlanesSelector(basis, rank, self.plane_dtype)
         if (basis.key_map - basis.query_map).abs().max() > _ORTHOGONAL_TOLERANCE:
             raise PolicyError(
                 "layout='rotated' stores keys in the basis and needs an orthogonal one (pca, "
@@ -93,76 +97,80 @@ class Loki(Select):
         return _RotatedSelector(basis, rank)
 
 
-class _Mapped(Selector):
-    """What both layouts share: the maps of the basis, on the device where they are needed."""
-
-    def __init__(self, basis: LayerBasis, columns: int) -> None:
-        self._key_map = basis.key_map[..., :columns].contiguous()
-        self._query_map = basis.query_map[..., :columns].contiguous()
-
-    def _map_keys(self, key: Tensor) -> Tensor:
-        """[batch, kv_heads, tokens, head_dim] -> coordinates, float32 or wider."""
-        wide = torch.promote_types(key.dtype, torch.float32)
-        self._key_map = self._key_map.to(key.device)
-        return key.to(wide) @ self._key_map.to(wide)
-
-    def _map_query(self, query: Tensor) -> Tensor:
-        """[batch, heads, q_len, head_dim] -> coordinates alike, each head with its group's."""
-        wide = torch.promote_types(query.dtype, torch.float32)
-        self._query_map = self._query_map.to(query.device)
-        batch, heads, q_len, dim = query.shape
-        kv_heads = self._query_map.shape[0]
-        rows = query.to(wide).reshape(batch, kv_heads, -1, dim)
-        return (rows @ self._query_map.to(wide)).reshape(batch, heads, q_len, -1)
-
-
 @final
-class _PlanesSelector(_Mapped):
-    def __init__(self, basis: LayerBasis, rank: int, dtype: torch.dtype) -> None:
-        super().__init__(basis, rank)
-        self._dtype = dtype
+class _PlanesSelector(Selector):
+    """Rows untouched, beside tiles of their leading coordinates."""
+
+    def __init__(self, basis: LayerBasis, rank: int, kind: Kind) -> None:
+        self._key_map = basis.key_map[..., :rank].contiguous()
+        self._query_map = basis.query_map[..., :rank].contiguous()
+        self._kind = kind
+        self._scales = LEAD_SCALE if kind in CODE_KINDS else None
 
     def planes(self, key: Tensor) -> dict[str, Tensor]:
         """Encode the leading coordinates of new keys."""
-        lead = self._map_keys(key)
-        if self._dtype != torch.int8:
-            return {LEAD: lead.to(self._dtype)}
-        codes, scales = quantise_rows(lead)
-        return {LEAD: codes, LEAD_SCALE: scales}
+        lead = _map_keys(key, self.lead_format(key.device).key_map)
+        if self._scales is None:
+            return {LEAD: lead.to(tile_dtype(self._kind))}
+        codes, scales = quantise_rows(lead, _BITS[self._kind])
+        return {LEAD: codes, self._scales: scales}
 
-    def score(self, query: Tensor, cache: LayerCache, call: AttentionCall) -> Tensor:
-        """Logits from the lead plane."""
-        scales = cache.plane(LEAD_SCALE) if self._dtype == torch.int8 else None
-        return ops().score(self._map_query(query), cache.plane(LEAD), scales, call)
+    def tiled(self) -> dict[str, Kind]:
+        """The lead plane."""
+        return {LEAD: self._kind}
+
+    def lead_format(self, device: torch.device) -> LeadFormat:
+        """Its map, on the device where it is needed."""
+        self._key_map = self._key_map.to(device)
+        return LeadFormat(LEAD, self._scales, self._key_map)
+
+    def lead(self, cache: LayerCache) -> Lead:
+        """The lead plane and its scales."""
+        tiles = cache.tiles(LEAD)
+        scales = cache.plane(self._scales) if self._scales else None
+        self._query_map = self._query_map.to(tiles.data.device)
+        return Lead(tiles, scales, self._query_map)
 
     def score_bytes(self, cache: LayerCache) -> int:
         """The lead plane and its scales."""
-        names = (LEAD, LEAD_SCALE) if self._dtype == torch.int8 else (LEAD,)
-        return cache.row_bytes(*names)
+        return cache.row_bytes(LEAD, *([self._scales] if self._scales else []))
 
 
 @final
-class _RotatedSelector(_Mapped):
+class _RotatedSelector(Selector):
+    """Keys in the basis; their prefix is the lead."""
+
     def __init__(self, basis: LayerBasis, rank: int) -> None:
-        super().__init__(basis, basis.key_map.shape[-1])
+        self._key_map = basis.key_map.contiguous()
+        self._query_map = basis.query_map.contiguous()
+        self._lead_map = basis.query_map[..., :rank].contiguous()
         self._rank = rank
 
     def rows(self, key: Tensor) -> Tensor:
         """Keys in the basis, rounded to the model's dtype."""
-        return self._map_keys(key).to(key.dtype)
+        self._key_map = self._key_map.to(key.device)
+        return _map_keys(key, self._key_map).to(key.dtype)
 
     def query_rows(self, query: Tensor) -> Tensor:
         """The query in the basis."""
-        return self._map_query(query).to(query.dtype)
+        self._query_map = self._query_map.to(query.device)
+        return map_query(query, self._query_map).to(query.dtype)
 
-    def score(self, query: Tensor, cache: LayerCache, call: AttentionCall) -> Tensor:
-        """Logits from the prefix of the stored rows."""
-        lead = self._map_query(query)[..., : self._rank]
-        return ops().score(lead, cache.keys[..., : self._rank], None, call)
+    def lead(self, cache: LayerCache) -> Lead:
+        """The prefix of the stored rows."""
+        keys = cache.keys
+        self._lead_map = self._lead_map.to(keys.device)
+        return Lead(keys[..., : self._rank], None, self._lead_map)
 
     def score_bytes(self, cache: LayerCache) -> int:
         """The prefix of a key row."""
         return cache.row_bytes(KEY) * self._rank // cache.keys.shape[3]
+
+
+def _map_keys(key: Tensor, key_map: Tensor) -> Tensor:
+    """[batch, kv_heads, tokens, head_dim] -> coordinates, float32 or wider."""
+    wide = torch.promote_types(key.dtype, torch.float32)
+    return key.to(wide) @ key_map.to(wide)
 
 
 def _require_rank(rank: object) -> None:
@@ -175,18 +183,20 @@ def _require_rank(rank: object) -> None:
         )
 
 
-def quantise_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Quantise every row to int8 with one scale.
+def quantise_rows(rows: Tensor, bits: int = 8) -> tuple[Tensor, Tensor]:
+    """Quantise every row to codes with one scale.
 
     Args:
         rows: float [..., r].
+        bits: 8 for codes in -127..127, 4 for codes in -7..7.
 
     Returns:
-        int8 codes [..., r] in -127..127 and float16 scales [...]; codes * scale is within half a
-        scale of the row (rows beyond float16's range are clipped to 127 * 65504).
+        int8 codes [..., r] and float16 scales [...]; codes * scale is within half a scale of the
+        row (rows beyond the largest code * 65504 are clipped to it).
     """
+    largest = 2 ** (bits - 1) - 1
     limit = torch.finfo(torch.float16)
     peak = rows.abs().amax(-1)
-    scales = (peak / 127).clamp(min=limit.smallest_normal, max=limit.max).to(torch.float16)
+    scales = (peak / largest).clamp(min=limit.smallest_normal, max=limit.max).to(torch.float16)
     codes = torch.round(rows / scales.to(rows.dtype)[..., None])
-    return codes.clamp(-127, 127).to(torch.int8), scales
+    return codes.clamp(-largest, largest).to(torch.int8), scales

@@ -13,12 +13,10 @@ State per token: none.
 from dataclasses import dataclass
 from typing import ClassVar, final
 
-from torch import Tensor
-
 from loki_attn.basis import LayerBasis
 from loki_attn.cache import LayerCache
 from loki_attn.select.base import Select, Selector
-from loki_attn.types import AttentionCall, LayerShape
+from loki_attn.types import LayerShape, Lead
 
 
 @final
@@ -36,9 +34,10 @@ class StreamingLLM(Select):
 
 @final
 class _StreamingSelector(Selector):
-    def score(self, query: Tensor, cache: LayerCache, call: AttentionCall) -> None:
-        """Nothing to score: the attention fills the budget with recents."""
-        del query, cache, call
+    def lead(self, cache: LayerCache) -> Lead:
+        """Recency: the budget is filled up with the last rows, whatever the query is."""
+        del cache
+        return Lead(None)
 
     def score_bytes(self, cache: LayerCache) -> int:
         """Nothing is read to choose."""

@@ -125,16 +125,24 @@ def verify(
     """
     with _selecting_everything(shared, states), quiet(model):
         ours = _stepwise_logits(model)
-    difference = (ours - stock) / max(float(stock.std()), 1e-3)
-    exact = model.dtype in _TOLERANCE
-    got = float(difference.abs().max() if exact else difference.square().mean().sqrt())
-    allowed = _TOLERANCE.get(model.dtype, _COARSE_TOLERANCE)
+    got, allowed = logit_distance(ours, stock, model.dtype)
     if not got <= allowed:
         raise UnsupportedModelError(
             f"At full budget {type(model).__name__} gives other logits than the stock model: "
             f"they differ by {got:.2g} of their standard deviation, rounding in {model.dtype} "
             f"explains {allowed:.2g}."
         )
+
+
+def logit_distance(ours: Tensor, stock: Tensor, dtype: torch.dtype) -> tuple[float, float]:
+    """How far logits are from the stock ones, and how far rounding in `dtype` may move them.
+
+    Both in standard deviations of the stock logits.
+    """
+    difference = (ours - stock) / max(float(stock.std()), 1e-3)
+    exact = dtype in _TOLERANCE
+    got = float(difference.abs().max() if exact else difference.square().mean().sqrt())
+    return got, _TOLERANCE.get(dtype, _COARSE_TOLERANCE)
 
 
 @contextmanager

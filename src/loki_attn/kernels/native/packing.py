@@ -1,0 +1,126 @@
+"""Arguments of the native calls: tensors checked, and laid out as structs of native/loki_attn.h.
+
+Every field of those structs is 8 bytes wide, so a struct is one `struct.pack`.
+"""
+
+from struct import Struct
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from loki_attn.kernels.backends import Unserved
+from loki_attn.tiles import Tiles
+from loki_attn.types import GroupReduce
+
+CALL: Final = Struct("=4q4q6q6q4q2d3q2q6q3q4q2q2qd3q2q7q")
+CHOOSE: Final = Struct("=3q3q3q3qqdqqq")
+APPEND: Final = Struct("=4q3q6q6q6q6qqq6q3q3qq")
+
+FLOATS: Final = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+KINDS: Final = {"fp32": 0, "bf16": 1, "int8": 3, "int4": 4}
+REDUCES: Final[dict[GroupReduce, int]] = {"softmax_sum": 0, "max": 1, "none": 2}
+RECENCY: Final = 0
+TILES: Final = 1
+ROWS: Final = 2
+NOTHING: Final = (0, 0, 0, 0, 0, 0)
+_MOST_DIM: Final = 1024
+
+Fields = tuple[int, ...]
+
+
+def dtype_of(name: str, tensor: Tensor) -> int:
+    """The code of a floating dtype.
+
+    Raises:
+        Unserved: If the tensor is not on the CPU or of another dtype.
+    """
+    code = FLOATS.get(tensor.dtype)
+    if code is None or not tensor.is_cpu:
+        raise Unserved(
+            f"it serves float32, bfloat16 and float16 on the CPU, and {name} is {tensor.dtype} on "
+            f"{tensor.device}"
+        )
+    return code
+
+
+def rows_of(name: str, rows: Tensor) -> Fields:
+    """loki_rows of [batch, kv_heads, T, dim]; strides may be anything, the last one 1.
+
+    Raises:
+        Unserved: If the dtype, the device, the size or the layout of a row is not served.
+    """
+    code, size = dtype_of(name, rows), rows.element_size()
+    batch, head, row, element = rows.stride()
+    dim = rows.shape[3]
+    if (element != 1 and dim > 1) or min(batch, head, row) < 0:
+        raise Unserved(f"rows must be contiguous, and {name} has strides {rows.stride()}")
+    if dim > _MOST_DIM:
+        raise Unserved(f"it serves rows of up to {_MOST_DIM} elements, and {name} has {dim}")
+    return rows.data_ptr(), code, dim, batch * size, head * size, row * size
+
+
+def query_of(name: str, query: Tensor) -> Fields:
+    """Pointer, dtype and strides of [batch, heads, 1, dim].
+
+    Raises:
+        Unserved: As `rows_of`.
+    """
+    code, size = dtype_of(name, query), query.element_size()
+    if query.stride(3) != 1 and query.shape[3] > 1:
+        raise Unserved(f"{name} must be contiguous in its last dimension")
+    return query.data_ptr(), code, query.stride(0) * size, query.stride(1) * size
+
+
+def tiles_of(tiles: Tiles) -> Fields:
+    """loki_rows of the lead plane, a row being a tile.
+
+    Raises:
+        Unserved: If the tiles are not on the CPU or their lines do not lie together.
+    """
+    data, size = tiles.data, tiles.data.element_size()
+    batch, head, tile, *inner = data.stride()
+    width = data.shape[5]
+    if not data.is_cpu or inner != [16 * width, width, 1]:
+        raise Unserved("the lines of a tile must lie together on the CPU")
+    lines = data.shape[3]
+    return data.data_ptr(), KINDS[tiles.kind], lines, batch * size, head * size, tile * size
+
+
+def scales_of(scales: Tensor | None) -> Fields:
+    """Pointer and strides of float16 [batch, kv_heads, T].
+
+    Raises:
+        Unserved: If they are of another dtype or layout.
+    """
+    if scales is None:
+        return (0, 0, 0)
+    if scales.dtype != torch.float16 or (scales.stride(2) != 1 and scales.shape[2] > 1):
+        raise Unserved(f"scales are contiguous float16, got {scales.dtype}")
+    return scales.data_ptr(), scales.stride(0) * 2, scales.stride(1) * 2
+
+
+def visible_of(visible: Tensor | None, batch: int, seq: int) -> tuple[Tensor | None, Fields]:
+    """A mask that is the same for all heads, as bytes: the tensor to keep alive, and its fields.
+
+    Raises:
+        Unserved: If it is no such mask.
+    """
+    if visible is None:
+        return None, (0, 0)
+    fits = visible.ndim == 4 and visible.shape[1:] == (1, 1, seq) and visible.dtype == torch.bool
+    if not fits or visible.shape[0] not in (1, batch) or not visible.is_cpu:
+        raise Unserved(
+            f"a mask is bool [batch or 1, 1, 1, {seq}] on the CPU, got {visible.dtype} "
+            f"{list(visible.shape)}"
+        )
+    kept = visible if visible.stride(3) == 1 or seq == 1 else visible.contiguous()
+    return kept, (kept.data_ptr(), kept.stride(0) if kept.shape[0] > 1 else 0)
+
+
+def sinks_of(sink_logits: Tensor | None) -> tuple[Tensor | None, int]:
+    """Sink logits as contiguous float32: the tensor to keep alive, and its address."""
+    if sink_logits is None:
+        return None, 0
+    kept = sink_logits.detach().to(torch.float32).contiguous()
+    return kept, kept.data_ptr()
