@@ -212,6 +212,7 @@ int loki_choose(const loki_choose_call* call) {
   if (call == nullptr || call->scores == nullptr || call->counts == nullptr) return LOKI_NULL_POINTER;
   if (call->batch < 1 || call->choosers < 1 || call->seq < 1 || call->seq > kMostRows)
     return LOKI_BAD_SIZE;
+  if (call->mass > 1.0) return LOKI_BAD_SIZE;
   if (call->mass > 0.0) return run_choose(*call);
   if (call->wanted == nullptr || call->indices == nullptr) return LOKI_NULL_POINTER;
   if (call->indices_width < 1) return LOKI_BAD_SIZE;

@@ -97,6 +97,8 @@ typedef struct {
   int64_t indices_width;
   int64_t* counts;                 // [batch, choosers]; choosers = heads for REDUCE_NONE
   float* scores;                   // loki_score: [batch, heads, seq]
+  int64_t* stages;                 // null, or [3]: nanoseconds spent on scoring, choosing, attending
+                                   // are added, those of all threads together
 } loki_call;
 
 // New rows of one layer, written behind `start` rows.

@@ -178,8 +178,10 @@ static inline uint64_t sum_words(const void* data, int64_t bytes) {
     c = _mm512_add_epi64(c, _mm512_loadu_si512(p + i + 128));
     d = _mm512_add_epi64(d, _mm512_loadu_si512(p + i + 192));
   }
-  return static_cast<uint64_t>(_mm512_reduce_add_epi64(
-      _mm512_add_epi64(_mm512_add_epi64(a, b), _mm512_add_epi64(c, d))));
+  uint64_t words[8], sum = 0;  // wraps around, which signed numbers may not
+  _mm512_storeu_si512(words, _mm512_add_epi64(_mm512_add_epi64(a, b), _mm512_add_epi64(c, d)));
+  for (const uint64_t word : words) sum += word;
+  return sum;
 }
 
 }  // namespace LOKI_ISA

@@ -6,6 +6,7 @@
 #include <string.h>
 
 #include <atomic>
+#include <chrono>
 
 #include "numbers.h"
 
@@ -55,6 +56,7 @@ struct Run {
   Item* items;        // all of them when the work is done in phases, else null
   int64_t most_chunks, most_splits, score_tasks;
   std::atomic<int> status{LOKI_OK};
+  std::atomic<int64_t> stages[3]{};
 
   bool alone() const { return call.reduce == LOKI_REDUCE_NONE && call.group > 1; }
   bool scores() const { return work == Work::kScore || work == Work::kStep; }
@@ -62,6 +64,26 @@ struct Run {
   bool sums_soft_max(const Item& item) const {
     return work == Work::kStep && call.reduce == LOKI_REDUCE_SOFTMAX_SUM && item.heads > 1;
   }
+};
+
+enum Stage { kScoring = 0, kChoosing = 1, kAttending = 2 };
+
+// Adds the time until its end to a stage, if anybody wants to know.
+class Stopwatch {
+ public:
+  Stopwatch(Run& run, Stage stage) : run_(run), stage_(stage) {
+    if (run_.call.stages != nullptr) start_ = std::chrono::steady_clock::now();
+  }
+  ~Stopwatch() {
+    if (run_.call.stages == nullptr) return;
+    const auto taken = std::chrono::steady_clock::now() - start_;
+    run_.stages[stage_] += std::chrono::duration_cast<std::chrono::nanoseconds>(taken).count();
+  }
+
+ private:
+  Run& run_;
+  Stage stage_;
+  std::chrono::steady_clock::time_point start_{};
 };
 
 const uint8_t* visible_of(const loki_call& c, int64_t batch) {
@@ -461,12 +483,20 @@ void whole_item(void* context, int64_t index) {
   }
   Layout memory(&arena);
   lay_out(run, &item, &memory);
-  prepare(run, &item);
-  if (run.scores())
-    for (int64_t i = 0; i < item.chunks; ++i) score_chunk(run, item, i);
+  {
+    Stopwatch watch(run, kScoring);
+    prepare(run, &item);
+    if (run.scores())
+      for (int64_t i = 0; i < item.chunks; ++i) score_chunk(run, item, i);
+  }
   if (!run.reads()) return;
-  if (run.work == Work::kStep) choose(run, &item);
-  else given_rows(run, &item);
+  if (run.work == Work::kStep) {
+    Stopwatch watch(run, kChoosing);
+    choose(run, &item);
+  } else {
+    given_rows(run, &item);
+  }
+  Stopwatch watch(run, kAttending);
   for (int64_t i = 0; i < item.splits; ++i) attend_split(run, item, i);
   finish(run, item);
 }
@@ -480,18 +510,21 @@ void prepare_task(void* context, int64_t index) {
 void score_task(void* context, int64_t index) {
   Run& run = *static_cast<Run*>(context);
   const Item& item = run.items[index / run.score_tasks];
+  Stopwatch watch(run, kScoring);
   const int64_t first = index % run.score_tasks * kScoreChunks;
   for (int64_t i = first; i < first + kScoreChunks && i < item.chunks; ++i) score_chunk(run, item, i);
 }
 
 void choose_task(void* context, int64_t index) {
   Run& run = *static_cast<Run*>(context);
+  Stopwatch watch(run, kChoosing);
   choose(run, &run.items[index]);
 }
 
 void attend_task(void* context, int64_t index) {
   Run& run = *static_cast<Run*>(context);
   const Item& item = run.items[index / run.most_splits];
+  Stopwatch watch(run, kAttending);
   const int64_t split = index % run.most_splits;
   if (split < item.splits) attend_split(run, item, split);
 }
@@ -554,10 +587,12 @@ int run(const loki_call& call, Work work) {
   const int64_t count = call.batch * run.choosers, workers = threads();
   if (bytes_read(run) < kWorthThreads) {
     for (int64_t i = 0; i < count; ++i) whole_item(&run, i);
-    return run.status;
+  } else if (workers > 1 && count % workers != 0 && count < 4 * workers) {
+    run.status = in_phases(&run, count);
+  } else {
+    parallel(count, whole_item, &run);
   }
-  if (workers > 1 && count % workers != 0 && count < 4 * workers) return in_phases(&run, count);
-  parallel(count, whole_item, &run);
+  for (int i = 0; call.stages != nullptr && i < 3; ++i) call.stages[i] += run.stages[i];
   return run.status;
 }
 

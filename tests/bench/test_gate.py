@@ -7,6 +7,7 @@ import torch
 
 from loki_attn.bench.gate import Gate
 from loki_attn.bench.shapes import Shape
+from loki_attn.kernels import ops
 from loki_attn.types import Selection
 
 
@@ -56,7 +57,7 @@ def spoiled(contender, change):
 def judged(small_plan, everybody, name, change):
     plan = small_plan(batch=1)
     layers, found = everybody(plan)
-    return Gate(plan, layers[0]).judge(spoiled(found[name], lambda out: change(out, found, layers)))
+    return Gate(plan, layers[0]).judge(spoiled(found[name], lambda out: change(out, plan, layers)))
 
 
 @pytest.mark.parametrize("name", ["sdpa-hf", "eager-group-rows", "dense-native"])
@@ -74,14 +75,13 @@ def test_nan_is_refused(small_plan, everybody):
 def with_rows(rows):
     """Replace the rows that a step reads, and attend to those."""
 
-    def change(result, found, layers):
-        del layers
+    def change(result, plan, layers):
         _, selection = result
         indices = torch.stack([rows(own) for own in selection.indices[0]])[None]
         counts = torch.full(indices.shape[:2], indices.shape[2])
-        parts = found["loki int8 k=40 in parts"]
-        chosen = Selection(indices, counts)
-        return parts.stages[2][1]((0, chosen))
+        chosen, layer = Selection(indices, counts), layers[0]
+        out = ops().attend(layer.query, layer.keys, layer.values, chosen, plan.call).output
+        return out, chosen
 
     return change
 

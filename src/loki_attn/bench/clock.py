@@ -9,7 +9,7 @@ from typing import Any, Final, final
 import numpy as np
 import torch
 
-from loki_attn.bench.contenders import Contender
+from loki_attn.bench.contenders import Contender, Lap
 from loki_attn.bench.machine import Reader
 
 STEPS_PER_TURN: Final = 5
@@ -101,5 +101,8 @@ def _turn(contender: Contender, places: Iterator[int]) -> dict[str, list[int]]:
         for name, stage in contender.stages:
             began = perf_counter_ns()
             value = stage(value)
-            samples[name].append(perf_counter_ns() - began)
+            taken = perf_counter_ns() - began
+            if isinstance(value, Lap):
+                value, taken = value.value, value.taken_ns
+            samples[name].append(taken)
     return samples

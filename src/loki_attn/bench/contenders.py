@@ -16,6 +16,7 @@ from torch.nn import functional
 from loki_attn import attention
 from loki_attn.attention import LayerPolicy, bind
 from loki_attn.bench.layers import Layer, Plan
+from loki_attn.bench.machine import backend_in_use
 from loki_attn.budget import Budget
 from loki_attn.kernels import ops
 from loki_attn.policy import preset
@@ -29,6 +30,20 @@ SCALE_BYTES: Final = 2
 PLANE_BYTES: Final = {"int4": 0.5, "int8": 1.0, "bf16": 2.0, "fp32": 4.0}
 _CODED: Final = {"int4", "int8"}
 _MAP_BYTES: Final = 4
+
+
+@final
+@dataclass(frozen=True)
+class Lap:
+    """What a stage returned that knows its own time better than a clock around it.
+
+    Attributes:
+        value: For the next stage.
+        taken_ns: Nanoseconds that count for the stage.
+    """
+
+    value: Any
+    taken_ns: int
 
 
 @final
@@ -61,6 +76,7 @@ class Contender:
         value: Any = index
         for _, stage in self.stages:
             value = stage(value)
+            value = value.value if isinstance(value, Lap) else value
         return value
 
 
@@ -135,8 +151,59 @@ def loki(plan: Plan, layers: Sequence[Layer], plane: str, k: int) -> Contender:
 
 
 def loki_parts(plan: Plan, layers: Sequence[Layer], plane: str, k: int) -> Contender:
-    """The same step as separate ops, so that each can be timed."""
+    """The same step with the time of each of its parts.
+
+    The native kernel does all of them in one call and says what each took: the time of all threads
+    together, shared out among them here. Other backends run the ops one by one.
+    """
     bound, budget = _bound(layers, plane, k)
+    plane_bytes, rows_bytes = _loki_bytes(plan, plane, k)
+    logits_bytes = plan.batch * plan.shape.num_heads * plan.context * 4
+    made = _fused_stages if backend_in_use() == "native" else _stages
+    return Contender(
+        name=f"loki {plane} k={k}{PARTS}",
+        kind="loki",
+        stages=made(plan, layers, plane, bound),
+        touched_bytes=(plane_bytes, logits_bytes, rows_bytes),
+        k=k,
+        plane=plane,
+        budget=budget,
+    )
+
+
+Stages = tuple[tuple[str, Callable[[Any], Any]], ...]
+
+
+def _fused_stages(
+    plan: Plan, layers: Sequence[Layer], plane: str, bound: Callable[[int], LayerPolicy]
+) -> Stages:
+    from loki_attn.kernels import native
+
+    taken = torch.zeros(3, dtype=torch.int64)
+    visible = None
+
+    def score(index: int) -> Lap:
+        own, cache = bound(index), layers[index].caches[plane]
+        query, lead = layers[index].query, own.selector.lead(cache)
+        if lead is None:
+            raise TypeError("Loki ranks its rows by a lead; its selector has none.")
+        reading = own.budget.reading(cache.length, visible)
+        rows = own.selector.query_rows(query), cache.keys, cache.values
+        taken.zero_()
+        done = native.step(
+            query, *rows, lead, reading, own.group_reduce, plan.call, visible, stages=taken
+        )
+        return lap(0)(done)
+
+    def lap(stage: int) -> Callable[[Any], Lap]:
+        return lambda done: Lap(done, int(taken[stage]) // native.threads())
+
+    return ("score", score), ("choose", lap(1)), ("attend", lap(2))
+
+
+def _stages(
+    plan: Plan, layers: Sequence[Layer], plane: str, bound: Callable[[int], LayerPolicy]
+) -> Stages:
     call, kernels, kv_heads = plan.call, ops(), plan.shape.num_kv_heads
     visible = torch.ones(1, 1, 1, plan.context, dtype=torch.bool)
 
@@ -157,23 +224,12 @@ def loki_parts(plan: Plan, layers: Sequence[Layer], plane: str, k: int) -> Conte
 
     def attend(chosen: tuple[int, Any]) -> Any:
         index, selection = chosen
-        layer = layers[index]
-        cache = layer.caches[plane]
-        query = bound(index).selector.query_rows(layer.query)
+        cache = layers[index].caches[plane]
+        query = bound(index).selector.query_rows(layers[index].query)
         out = kernels.attend(query, cache.keys, cache.values, selection, call)
         return out.output, selection
 
-    plane_bytes, rows_bytes = _loki_bytes(plan, plane, k)
-    logits_bytes = plan.batch * plan.shape.num_heads * plan.context * 4
-    return Contender(
-        name=f"loki {plane} k={k}{PARTS}",
-        kind="loki",
-        stages=(("score", score), ("choose", choose), ("attend", attend)),
-        touched_bytes=(plane_bytes, logits_bytes, rows_bytes),
-        k=k,
-        plane=plane,
-        budget=budget,
-    )
+    return ("score", score), ("choose", choose), ("attend", attend)
 
 
 @final

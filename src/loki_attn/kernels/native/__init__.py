@@ -81,7 +81,7 @@ def score(
         call.scaling, call.softcap or 0.0, 0, 0, 0,
         _kind(plane), rank, *rows, *packing.scales_of(scales),
         *packing.query_of("the query", query), 0, packing.REDUCES["max"],
-        *_NO_CHOICE, 0, 0, 0, 0, 0, 0, out.data_ptr(),
+        *_NO_CHOICE, 0, 0, 0, 0, 0, 0, out.data_ptr(), 0,
     )  # fmt: skip
     lib = library()
     follow_threads(lib)
@@ -172,8 +172,15 @@ def step(  # noqa: PLR0913 - what its three parts take together
     how: GroupReduce,
     call: AttentionCall,
     visible: Tensor | None,
+    *,
+    stages: Tensor | None = None,
 ) -> tuple[Tensor, Selection] | None:
-    """Score, choose and attend in one call; see `attention.decode` for what they do."""
+    """Score, choose and attend in one call; see `reference.step` and `attention.decode`.
+
+    Args beyond those of the reference:
+        stages: int64 [3]: nanoseconds spent on scoring, choosing and attending are added to it,
+            those of all threads together.
+    """
     if lead.plane is None:
         if reading.counts is None:
             return None  # nothing is estimated: the straight line says what is wrong
@@ -198,6 +205,7 @@ def step(  # noqa: PLR0913 - what its three parts take together
         0 if wanted is None else wanted.data_ptr(), count, reading.mass or 0.0,
         reading.cap or 0, reading.floor, reading.dense_below, reading.sinks, reading.recents,
         out.data_ptr(), 0, 0, indices.data_ptr(), most, counts.data_ptr(), 0,
+        0 if stages is None else stages.data_ptr(),
     )  # fmt: skip
     lib = library()
     follow_threads(lib)
@@ -258,7 +266,7 @@ def _read(
         *packing.rows_of("keys", keys), *packing.rows_of("values", values),
         *packing.query_of("the query", query),
         call.scaling, call.softcap or 0.0, sink_pointer, *seen,
-        *lead_part, *_NO_CHOICE, out.data_ptr(), *results,
+        *lead_part, *_NO_CHOICE, out.data_ptr(), *results, 0,
     )  # fmt: skip
     follow_threads(library())
     check(run(fields))

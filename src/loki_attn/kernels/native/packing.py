@@ -13,7 +13,7 @@ from loki_attn.kernels.backends import Unserved
 from loki_attn.tiles import Tiles
 from loki_attn.types import GroupReduce
 
-CALL: Final = Struct("=4q4q6q6q4q2d3q2q6q3q4q2q2qd3q2q7q")
+CALL: Final = Struct("=4q4q6q6q4q2d3q2q6q3q4q2q2qd3q2q8q")
 CHOOSE: Final = Struct("=3q3q3q3qqdqqq")
 APPEND: Final = Struct("=4q3q6q6q6q6qqq6q3q3qq")
 
