@@ -11,7 +11,7 @@ namespace LOKI_ISA {
 
 // Rows ahead that are asked for: they lie anywhere, no hardware foresees them. Into the second-level
 // cache, because far more requests can be under way there than in the first.
-constexpr int64_t kAhead = 24;
+constexpr int64_t kAhead = 16;
 
 static inline void prefetch(const void* row, int64_t bytes) {
   for (int64_t i = 0; i < bytes; i += 64)

@@ -13,6 +13,7 @@ torch.set_num_threads(1)
 
 hypothesis.settings.register_profile("default", max_examples=20, deadline=None)
 hypothesis.settings.register_profile("ci", max_examples=100, deadline=None, derandomize=True)
+hypothesis.settings.register_profile("long", max_examples=2000, deadline=None)
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "default")
 
 

@@ -36,10 +36,19 @@ def test_methods_are_found_by_their_files():
     assert all(kind.method == name for name, kind in methods().items())
 
 
+def test_a_preset_stays_dense_where_dense_is_as_fast_and_no_further():
+    assert preset("loki").budget.dense_below == 1536
+    assert preset("loki", top_k=1024).budget.dense_below == 1536
+    assert preset("loki", top_k=100).budget.dense_below == 300
+    assert preset("loki", top_k=100, dense_below=7).budget.dense_below == 7
+    assert preset("loki", fraction=0.25).budget.dense_below == 0
+    assert preset("loki", mass=0.9, dense_below=7).budget.dense_below == 7
+
+
 def test_overrides_reach_method_budget_and_policy():
     policy = preset("loki", rank=8, top_k=128, sinks=2, group_reduce="max", name="mine")
     assert policy.select == Loki(rank=8)
-    assert policy.budget == Budget(top_k=128, sinks=2, recents=32, min_k=128)
+    assert policy.budget == Budget(top_k=128, sinks=2, recents=32, min_k=128, dense_below=384)
     assert (policy.group_reduce, policy.name) == ("max", "mine")
 
 

@@ -24,7 +24,8 @@ _PRESETS: Final[dict[str, dict[str, Any]]] = {
     },
     "loki": {
         "select": {"method": "loki", "layout": "planes", "plane_dtype": "int8"},
-        "budget": {"top_k": 512, "sinks": 4, "recents": 64, "min_k": 128},
+        # Below three times top_k dense attention is as fast; docs/results/speed.md has the crossover.
+        "budget": {"top_k": 512, "sinks": 4, "recents": 64, "min_k": 128, "dense_below": 1536},
     },
     "loki-paper": {
         "select": {"method": "loki", "layout": "rotated", "rank": 0.25},
@@ -112,7 +113,8 @@ def preset(name: str, /, **overrides: Any) -> Policy:
         name: One of `presets()`.
         overrides: Fields of the policy, of its method or of its budget. A new amount (top_k,
             fraction or mass) replaces the preset's; recents that were not given shrink to a
-            quarter of a smaller top_k or cap, and min_k to all of it.
+            quarter of a smaller top_k or cap, min_k to all of it, and dense_below to three times;
+            a fraction or a mass has no dense_below of its own.
 
     Raises:
         UnknownNameError: If the preset or a field is not known.
@@ -196,13 +198,15 @@ def _settle_amount(budget: dict[str, Any], overrides: Mapping[str, Any]) -> None
     if given:
         for name in {"top_k", "fraction", "mass"} - set(given):
             budget.pop(name, None)
+        if "top_k" not in given and "dense_below" not in overrides:
+            budget.pop("dense_below", None)
     table = budget.get("per_layer", ()) if "top_k" in budget else ()
     limits = [budget.get("top_k"), budget.get("cap"), *table]
     tokens = [limit for limit in limits if isinstance(limit, int) and limit > 0]
     if tokens:
         limit = min(tokens)
         room = max(0, min(limit // 4, limit - budget.get("sinks", 0)))
-        for name, most in (("recents", room), ("min_k", limit)):
+        for name, most in (("recents", room), ("min_k", limit), ("dense_below", 3 * limit)):
             if name in budget and name not in overrides:
                 budget[name] = min(budget[name], most)
 

@@ -40,7 +40,7 @@ def test_perplexity(evaluate):
 
 def test_json_is_the_rows(evaluate):
     done = evaluate(
-        "perplexity", "--json", "-p", "loki:top_k=8", "--protocol", "every_query", *PERPLEXITY
+        "perplexity", "--json", "-p", "loki:top_k=4", "--protocol", "every_query", *PERPLEXITY
     )
     rows = done.json
     assert rows == [json.loads(line) for line in evaluate.rows.read_text().splitlines()]

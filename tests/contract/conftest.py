@@ -1,5 +1,6 @@
-"""Every method, in every variant of its settings and every way to agree inside a group."""
+"""Every method, in every variant of its settings, every way to agree in a group, every backend."""
 
+from collections import Counter
 from dataclasses import dataclass, fields
 from typing import Literal, get_args, get_origin
 
@@ -9,7 +10,8 @@ import torch
 from loki_attn import attention
 from loki_attn.budget import Budget
 from loki_attn.cache import LayerCache
-from loki_attn.kernels import ops
+from loki_attn.kernels import backends, native, ops
+from loki_attn.kernels.native import place
 from loki_attn.policy import Policy, methods
 from loki_attn.testing import (
     assert_within_budget,
@@ -131,6 +133,52 @@ CASES = [
 ]
 
 
+@pytest.fixture(autouse=True, params=["reference", "native"])
+def backend(request, monkeypatch):
+    """Run the law by one backend, as users get it, and prove at each decode step who did it."""
+    if request.param == "native" and place.find_library() is None:
+        pytest.skip(f"there are no native kernels: {place.why_missing()}")
+    monkeypatch.delenv(backends.ENVIRONMENT_VARIABLE, raising=False)
+    monkeypatch.setattr(backends, "_PREFERENCE", (request.param, "reference"))
+    served = Counter()
+    for op in ("step", "choose", "attend"):
+        monkeypatch.setattr(native, op, counted(served, op, getattr(native, op)))
+    monkeypatch.setattr(attention, "decode", proven(served, request.param, attention.decode))
+    ops.cache_clear()
+    yield request.param
+    ops.cache_clear()
+
+
+def counted(served, op, run):
+    """Count the calls that the native library itself has answered."""
+
+    def run_and_count(*args, **kwargs):
+        result = run(*args, **kwargs)
+        served[op] += result is not None
+        return result
+
+    return run_and_count
+
+
+def proven(served, name, decode):
+    """A decode step that must be done by the backend `name`: in one call, or op by op."""
+
+    def decode_and_prove(query, cache, layer, call, visible=None):
+        before = Counter(served)
+        result = decode(query, cache, layer, call, visible)
+        ran = set(served - before)
+        if name == "reference":
+            assert not ran
+        elif query.dtype == torch.float64:
+            assert ran <= {"choose"}  # by recency: float32, whatever the rows are
+        else:
+            assert ran == {"step"} if layer.selector.lead(cache) else {"choose", "attend"} <= ran
+            assert native.last_isa() == native.isa()
+        return result
+
+    return decode_and_prove
+
+
 # Session-wide, so that hypothesis may draw many examples for one case.
 @pytest.fixture(scope="session", params=CASES, ids=label)
 def case(request):
@@ -153,8 +201,8 @@ def scoring_case(request):
     return request.param
 
 
-@pytest.fixture(scope="session")
-def kernels():
+@pytest.fixture
+def kernels(backend):
     return ops()
 
 

@@ -303,7 +303,7 @@ def test_calibrate_gives_a_basis_that_fits_this_model_and_no_other():
     assert news == [(64, 128), (128, 128)]
     assert torch.equal(model(input_ids=IDS[None, :20]).logits, before)
     with loki_attn.attach(model, "loki", basis=basis, rank=4, top_k=8) as attachment:
-        model.generate(IDS[None, :20], max_new_tokens=4, do_sample=False)
+        model.generate(IDS[None, :30], max_new_tokens=4, do_sample=False)
         assert attachment.traffic.sparse_calls > 0
     with pytest.raises(BasisError, match=r"was fitted on model 'LlamaForCausalLM'.*is used with"):
         loki_attn.attach(build(seed=1), "loki", basis=basis, rank=4, top_k=8)

@@ -266,7 +266,7 @@ def _bound(
     layers: Sequence[Layer], plane: str, k: int
 ) -> tuple[Callable[[int], LayerPolicy], Budget]:
     """Each layer's own Loki with this amount, made when it is first asked for."""
-    budget = preset("loki", top_k=k).budget
+    budget = preset("loki", top_k=k, dense_below=0).budget
 
     @cache
     def own(index: int) -> LayerPolicy:

@@ -40,7 +40,9 @@ def ask_short(stage: Stage, loki: Contender) -> None:
     prompt = _prompt(stage, texts.quiz())
     rows = min(plan.quiz_top_k, prompt.whole.shape[1] // 3)
     small = Contender(
-        name=f"loki, {rows} rows", policy=preset("loki", top_k=rows), basis=loki.basis
+        name=f"loki, {rows} rows",
+        policy=preset("loki", top_k=rows, dense_below=0),
+        basis=loki.basis,
     )
     stage.console.print(
         f"A story of {prompt.text.shape[1]} tokens. Loki reads {rows} rows of it per KV head, for "
