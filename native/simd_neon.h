@@ -20,8 +20,8 @@ constexpr bool kPairDot = false;
 constexpr int kTilesAtOnce = 1;
 constexpr int kValueVectors = 1;
 
-#define LOKI_FOUR(TYPE, EXPRESSION) \
-  TYPE out;                         \
+#define LOKI_FOUR(TYPE, EXPRESSION)                    \
+  TYPE out;                                            \
   for (int i = 0; i < 4; ++i) out.v[i] = (EXPRESSION); \
   return out;
 
@@ -36,19 +36,13 @@ static inline F32 mul(F32 x, F32 y) { LOKI_FOUR(F32, vmulq_f32(x.v[i], y.v[i])) 
 static inline F32 div(F32 x, F32 y) { LOKI_FOUR(F32, vdivq_f32(x.v[i], y.v[i])) }
 static inline F32 fma(F32 x, F32 y, F32 z) { LOKI_FOUR(F32, vfmaq_f32(z.v[i], x.v[i], y.v[i])) }
 // Where one is NaN, the second; the processor's own maximum would be NaN.
-static inline F32 max(F32 x, F32 y) {
-  LOKI_FOUR(F32, vbslq_f32(vcgtq_f32(x.v[i], y.v[i]), x.v[i], y.v[i]))
-}
-static inline F32 min(F32 x, F32 y) {
-  LOKI_FOUR(F32, vbslq_f32(vcltq_f32(x.v[i], y.v[i]), x.v[i], y.v[i]))
-}
+static inline F32 max(F32 x, F32 y) { LOKI_FOUR(F32, vbslq_f32(vcgtq_f32(x.v[i], y.v[i]), x.v[i], y.v[i])) }
+static inline F32 min(F32 x, F32 y) { LOKI_FOUR(F32, vbslq_f32(vcltq_f32(x.v[i], y.v[i]), x.v[i], y.v[i])) }
 static inline F32 round(F32 x) { LOKI_FOUR(F32, vrndnq_f32(x.v[i])) }
 static inline F32 abs(F32 x) { LOKI_FOUR(F32, vabsq_f32(x.v[i])) }
 static inline Mask less(F32 x, F32 y) { LOKI_FOUR(Mask, vcltq_f32(x.v[i], y.v[i])) }
 static inline Mask at_least(F32 x, F32 y) { LOKI_FOUR(Mask, vcgeq_f32(x.v[i], y.v[i])) }
-static inline F32 select(Mask m, F32 yes, F32 no) {
-  LOKI_FOUR(F32, vbslq_f32(m.v[i], yes.v[i], no.v[i]))
-}
+static inline F32 select(Mask m, F32 yes, F32 no) { LOKI_FOUR(F32, vbslq_f32(m.v[i], yes.v[i], no.v[i])) }
 static inline Mask first(int n) {
   const int32_t lanes[4] = {0, 1, 2, 3};
   LOKI_FOUR(Mask, vcltq_s32(vld1q_s32(lanes), vdupq_n_s32(n - 4 * i)))
@@ -57,8 +51,8 @@ static inline unsigned bits(Mask m) {
   const uint32_t lanes[4] = {1, 2, 4, 8};
   const uint32x4_t place = vld1q_u32(lanes);
   const uint32x4_t low = vorrq_u32(vandq_u32(m.v[0], place), vandq_u32(m.v[1], vshlq_n_u32(place, 4)));
-  const uint32x4_t high = vorrq_u32(vandq_u32(m.v[2], vshlq_n_u32(place, 8)),
-                                    vandq_u32(m.v[3], vshlq_n_u32(place, 12)));
+  const uint32x4_t high =
+      vorrq_u32(vandq_u32(m.v[2], vshlq_n_u32(place, 8)), vandq_u32(m.v[3], vshlq_n_u32(place, 12)));
   return vaddvq_u32(vorrq_u32(low, high));
 }
 static inline Mask from_bytes(const uint8_t* p) {
@@ -74,8 +68,7 @@ static inline Mask both(Mask x, Mask y) { LOKI_FOUR(Mask, vandq_u32(x.v[i], y.v[
 
 // For whole numbers in -126..127; others, and NaN, give some number.
 static inline F32 power_of_two(F32 n) {
-  LOKI_FOUR(F32, vreinterpretq_f32_s32(
-                     vshlq_n_s32(vaddq_s32(vcvtnq_s32_f32(n.v[i]), vdupq_n_s32(127)), 23)))
+  LOKI_FOUR(F32, vreinterpretq_f32_s32(vshlq_n_s32(vaddq_s32(vcvtnq_s32_f32(n.v[i]), vdupq_n_s32(127)), 23)))
 }
 
 static inline float32x4_t quarters(F32 x) {
@@ -96,10 +89,10 @@ static inline F32 load_row(const void* row, int64_t i) {
   const uint16_t* p = static_cast<const uint16_t*>(row) + i;
   const uint16x8_t x = vld1q_u16(p), y = vld1q_u16(p + 8);
   if constexpr (kType == LOKI_BF16)
-    return {{widen_bf16(vget_low_u16(x)), widen_bf16(vget_high_u16(x)),
-             widen_bf16(vget_low_u16(y)), widen_bf16(vget_high_u16(y))}};
-  return {{widen_f16(vget_low_u16(x)), widen_f16(vget_high_u16(x)),
-           widen_f16(vget_low_u16(y)), widen_f16(vget_high_u16(y))}};
+    return {{widen_bf16(vget_low_u16(x)), widen_bf16(vget_high_u16(x)), widen_bf16(vget_low_u16(y)),
+             widen_bf16(vget_high_u16(y))}};
+  return {{widen_f16(vget_low_u16(x)), widen_f16(vget_high_u16(x)), widen_f16(vget_low_u16(y)),
+           widen_f16(vget_high_u16(y))}};
 }
 
 // The first n of sixteen; the others are 0 and are not touched in memory.
@@ -185,8 +178,7 @@ static inline uint64_t sum_words(const void* data, int64_t bytes) {
   const uint8_t* p = static_cast<const uint8_t*>(data);
   uint64x2_t s[4] = {vdupq_n_u64(0), vdupq_n_u64(0), vdupq_n_u64(0), vdupq_n_u64(0)};
   for (int64_t i = 0; i + 64 <= bytes; i += 64)
-    for (int j = 0; j < 4; ++j)
-      s[j] = vaddq_u64(s[j], vreinterpretq_u64_u8(vld1q_u8(p + i + 16 * j)));
+    for (int j = 0; j < 4; ++j) s[j] = vaddq_u64(s[j], vreinterpretq_u64_u8(vld1q_u8(p + i + 16 * j)));
   return vaddvq_u64(vaddq_u64(vaddq_u64(s[0], s[1]), vaddq_u64(s[2], s[3])));
 }
 

@@ -74,8 +74,8 @@ inline std::vector<int64_t> forced_rows(const Scene& s, int64_t b) {
 }
 
 // How many rows, forced ones first, add up to `needed`; `all` if they never do.
-inline int64_t rows_for(const std::vector<double>& weight, const std::vector<int64_t>& forced,
-                        double needed, int64_t all) {
+inline int64_t rows_for(const std::vector<double>& weight, const std::vector<int64_t>& forced, double needed,
+                        int64_t all) {
   std::vector<double> order, rest = weight;
   for (const int64_t t : forced) {
     order.push_back(weight[static_cast<size_t>(t)]);
@@ -121,7 +121,8 @@ inline std::pair<int64_t, int64_t> wanted_rows(const Scene& s, const Ranking& r,
 inline std::vector<int64_t> rows_in(const Buffer& indices, const Buffer& counts, int64_t slot, int64_t width) {
   const int64_t count = *counts.as<int64_t>(slot * 8);
   const int64_t* at = indices.as<int64_t>(slot * width * 8);
-  if (count < 0 || count > width) fail("counts[%lld] is %lld", static_cast<long long>(slot), static_cast<long long>(count));
+  if (count < 0 || count > width)
+    fail("counts[%lld] is %lld", static_cast<long long>(slot), static_cast<long long>(count));
   for (int64_t i = 0; i < width; ++i) {
     const bool sound = i >= count ? at[i] == -1 : at[i] >= 0 && (i == 0 || at[i] > at[i - 1]);
     if (!sound)
@@ -156,7 +157,8 @@ inline void check_band(const Ranking& r, const std::vector<int64_t>& got, const 
     if (std::binary_search(got.begin(), got.end(), t)) continue;
     const double value = r.value[static_cast<size_t>(t)] - r.slack[static_cast<size_t>(t)];
     if (value > least || std::binary_search(forced.begin(), forced.end(), t))
-      fail("row %lld is left out, at least %.9g; a chosen one has at most %.9g", static_cast<long long>(t), value, least);
+      fail("row %lld is left out, at least %.9g; a chosen one has at most %.9g", static_cast<long long>(t),
+           value, least);
   }
 }
 
@@ -185,8 +187,8 @@ inline void check_ties(const Scene& s, const Results& scored, int64_t b, int64_t
 }
 
 // Checks one chooser of loki_step; returns the rows it read.
-inline std::vector<int64_t> check_choice(const Scene& s, const Results& scored, const Results& got,
-                                         int64_t b, int64_t chooser) {
+inline std::vector<int64_t> check_choice(const Scene& s, const Results& scored, const Results& got, int64_t b,
+                                         int64_t chooser) {
   const Ranking r = rank_rows(s, scored, b, chooser);
   const std::vector<int64_t> shown = s.visible_rows(b), forced = forced_rows(s, b);
   const std::vector<int64_t> rows =
@@ -199,7 +201,9 @@ inline std::vector<int64_t> check_choice(const Scene& s, const Results& scored, 
   if (!std::includes(shown.begin(), shown.end(), rows.begin(), rows.end())) fail("a hidden row is read");
   const std::vector<int64_t> best = best_rows(r.value, shown, forced, count);
   if (r.exact || rows.size() <= forced.size()) {
-    if (rows != best) fail("not the best %lld rows of chooser %lld", static_cast<long long>(count), static_cast<long long>(chooser));
+    if (rows != best)
+      fail("not the best %lld rows of chooser %lld", static_cast<long long>(count),
+           static_cast<long long>(chooser));
   } else {
     check_band(r, rows, shown, forced);
     check_ties(s, scored, b, chooser, rows, forced);
@@ -233,7 +237,8 @@ inline Buffer draw_marks(Random& random, const loki_choose_call& c, double densi
   Buffer marks((rows - 1) * row + c.seq);
   for (int64_t i = 0; i < rows; ++i)
     for (int64_t t = 0; t < c.seq; ++t)
-      *marks.as<uint8_t>(i * row + t) = static_cast<uint8_t>(random.chance(density) ? random.between(1, 255) : 0);
+      *marks.as<uint8_t>(i * row + t) =
+          static_cast<uint8_t>(random.chance(density) ? random.between(1, 255) : 0);
   return marks;
 }
 
@@ -245,13 +250,15 @@ inline void draw_choosing(Random& random, Choosing* x) {
   c.mass = random.chance(0.3) ? (random.chance(0.2) ? 1.0 : random.share()) : 0.0;
   c.scores_head_stride = 4 * (c.seq + random.between(0, 4));
   c.scores_batch_stride = c.choosers * c.scores_head_stride + 4 * random.between(0, 4);
-  x->scores = Buffer((c.batch - 1) * c.scores_batch_stride + (c.choosers - 1) * c.scores_head_stride + 4 * c.seq);
+  x->scores =
+      Buffer((c.batch - 1) * c.scores_batch_stride + (c.choosers - 1) * c.scores_head_stride + 4 * c.seq);
   for (int64_t b = 0; b < c.batch; ++b)
     for (int64_t h = 0; h < c.choosers; ++h) {
       const int taste = static_cast<int>(random.between(0, 3));
       char* row = x->scores.as<char>(b * c.scores_batch_stride + h * c.scores_head_stride);
       for (int64_t t = 0; t < c.seq; ++t)
-        put_number(row, LOKI_F32, t, c.mass > 0.0 ? exp(-5.0 * fabs(random.normal())) : draw_score(random, taste));
+        put_number(row, LOKI_F32, t,
+                   c.mass > 0.0 ? exp(-5.0 * fabs(random.normal())) : draw_score(random, taste));
     }
   if (c.mass == 0.0 && random.chance(0.5)) {
     x->visible = draw_marks(random, c, random.share(), &c.visible_batch_stride, &c.visible_head_stride);
@@ -276,9 +283,11 @@ inline void check_chosen_row(const Choosing& x, int64_t b, int64_t h) {
   for (int64_t t = 0; t < c.seq; ++t) {
     const double score = number(row, LOKI_F32, t), most = format_of(LOKI_F32).most;
     value.push_back(isnan(score) ? -most : std::max(-most, std::min(most, score)));
-    if (c.visible != nullptr && !c.visible[b * c.visible_batch_stride + h * c.visible_head_stride + t]) continue;
+    if (c.visible != nullptr && !c.visible[b * c.visible_batch_stride + h * c.visible_head_stride + t])
+      continue;
     shown.push_back(t);
-    if (c.forced != nullptr && c.forced[b * c.forced_batch_stride + h * c.forced_head_stride + t]) forced.push_back(t);
+    if (c.forced != nullptr && c.forced[b * c.forced_batch_stride + h * c.forced_head_stride + t])
+      forced.push_back(t);
   }
   const int64_t slot = b * c.choosers + h;
   if (c.mass > 0.0) {
@@ -292,7 +301,8 @@ inline void check_chosen_row(const Choosing& x, int64_t b, int64_t h) {
            static_cast<long long>(low), static_cast<long long>(high));
     return;
   }
-  const int64_t count = std::min({x.wanted[static_cast<size_t>(slot)], static_cast<int64_t>(shown.size()), c.indices_width});
+  const int64_t count =
+      std::min({x.wanted[static_cast<size_t>(slot)], static_cast<int64_t>(shown.size()), c.indices_width});
   if (rows_in(x.indices, x.counts, slot, c.indices_width) != best_rows(value, shown, forced, count))
     fail("not the best %lld rows of %lld", static_cast<long long>(count), static_cast<long long>(c.seq));
 }

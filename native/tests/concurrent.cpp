@@ -1,7 +1,10 @@
-// Calls from many threads at once, through one pool of our own: each result is what it is alone.
+// Who runs the work does not matter: calls from many threads at once through the pool of our own, calls
+// on threads of another runtime, and calls in a forked child give what one thread alone gives.
 //
 //   concurrent [rounds]
 #include <stdlib.h>
+#include <sys/wait.h>
+#include <unistd.h>
 
 #include <atomic>
 #include <thread>
@@ -39,6 +42,49 @@ void repeat(const Caller& caller, int64_t rounds, std::atomic<int>* failures) {
   }
 }
 
+void call_at_once(int64_t rounds, const std::vector<Caller>& callers, std::atomic<int>* failures) {
+  std::vector<std::thread> threads;
+  for (const Caller& caller : callers) threads.emplace_back(repeat, std::cref(caller), rounds, failures);
+  for (std::thread& thread : threads) thread.join();
+}
+
+// A runtime that lends its threads, in the form of OpenMP's.
+std::atomic<int> lent{0};
+void lend(void (*work)(void*), void* data, unsigned count, unsigned) {
+  ++lent;
+  std::vector<std::thread> threads;
+  for (unsigned i = 1; i < count; ++i) threads.emplace_back(work, data);
+  work(data);
+  for (std::thread& thread : threads) thread.join();
+}
+
+void call_on_borrowed(const std::vector<Caller>& callers, std::atomic<int>* failures) {
+  loki_borrow_pool(reinterpret_cast<void*>(&lend));
+  for (const Caller& caller : callers) repeat(caller, 1, failures);
+  loki_borrow_pool(nullptr);
+}
+
+// A child has none of its parent's threads.
+void call_in_child(const std::vector<Caller>& callers, std::atomic<int>* failures) {
+#if !defined(__SANITIZE_THREAD__)
+  const pid_t child = fork();
+  if (child == 0) {
+    std::atomic<int> own{0};
+    alarm(60);  // a child that waits for a thread it does not have would wait for ever
+    for (const Caller& caller : callers) repeat(caller, 1, &own);
+    _exit(own.load() == 0 ? 0 : 1);
+  }
+  int status = 0;
+  if (child < 0 || waitpid(child, &status, 0) != child || status != 0) {
+    fprintf(stderr, "a forked child ended with status %d\n", status);
+    ++*failures;
+  }
+#else
+  (void)callers;
+  (void)failures;
+#endif
+}
+
 }  // namespace
 }  // namespace loki_test
 
@@ -54,11 +100,16 @@ int main(int argc, char** argv) {
       draw_scene(random, &caller.scene);
       caller.alone.push_back(run(caller.scene));
     }
-    std::vector<std::thread> threads;
     loki_set_threads(3);
-    for (const Caller& caller : callers) threads.emplace_back(repeat, std::cref(caller), rounds, &failures);
-    for (std::thread& thread : threads) thread.join();
+    call_at_once(rounds, callers, &failures);
+    call_on_borrowed(callers, &failures);
+    call_in_child(callers, &failures);
   }
-  printf("%d callers, %lld rounds of 6 scenes, %d differences\n", kCallers, static_cast<long long>(rounds), failures.load());
+  if (lent.load() == 0) {
+    fprintf(stderr, "no call used the threads it was lent\n");
+    ++failures;
+  }
+  printf("%d callers, %lld rounds of 6 scenes, %d differences\n", kCallers, static_cast<long long>(rounds),
+         failures.load());
   return failures.load() == 0 ? 0 : 1;
 }

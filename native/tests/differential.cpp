@@ -36,7 +36,8 @@ void call_entry(Tally* tally, Entry entry, int (*function)(const loki_call*), co
 // Scratch memory keeps what earlier calls left in it: let that be NaN.
 void spoil_scratch() {
   const int64_t seq = 3100, dim = 32;
-  const Buffer rows(seq * dim * 4), out(10 * dim * 4), indices(seq * 8), counts(80), scores(10 * seq * 4), sums(seq * 4);
+  const Buffer rows(seq * dim * 4), out(10 * dim * 4), indices(seq * 8), counts(80), scores(10 * seq * 4),
+      sums(seq * 4);
   loki_call c{};
   c.batch = c.kv_heads = 1;
   c.group = 9;
@@ -76,7 +77,8 @@ Results with_threads(const Scene& s, Call call) {
 
 Results check_score(Tally* tally, const Scene& s) {
   if (s.call.lead_kind == LOKI_LEAD_RECENCY) return Results(s);
-  Results got = with_threads(s, [&](const Results& r) { call_entry(tally, kScore, loki_score, r.into(s.call)); });
+  Results got =
+      with_threads(s, [&](const Results& r) { call_entry(tally, kScore, loki_score, r.into(s.call)); });
   for (int64_t b = 0; b < s.call.batch; ++b)
     for (int64_t h = 0; h < s.call.kv_heads; ++h)
       tally->worst[kScore] = std::max(tally->worst[kScore], check_scores(s, got, b, h));
@@ -113,13 +115,15 @@ void check_reads(Tally* tally, Entry entry, const Scene& s, const Results& got,
       for (int64_t h = kv_head * s.call.group; h < (kv_head + 1) * s.call.group; ++h) {
         Weights unused;
         const auto slot = static_cast<size_t>(b * s.choosers() + h / each);
-        tally->worst[entry] = std::max(tally->worst[entry], check_attention(s, got, head, b, h, rows[slot], &unused));
+        tally->worst[entry] =
+            std::max(tally->worst[entry], check_attention(s, got, head, b, h, rows[slot], &unused));
       }
     }
 }
 
 void check_step(Tally* tally, const Scene& s, const Results& scored) {
-  const Results got = with_threads(s, [&](const Results& r) { call_entry(tally, kStep, loki_step, r.into(s.call)); });
+  const Results got =
+      with_threads(s, [&](const Results& r) { call_entry(tally, kStep, loki_step, r.into(s.call)); });
   std::vector<std::vector<int64_t>> rows;
   for (int64_t b = 0; b < s.call.batch; ++b)
     for (int64_t i = 0; i < s.choosers(); ++i) rows.push_back(check_choice(s, scored, got, b, i));
@@ -154,7 +158,8 @@ void check_attend(Tally* tally, Random& random, Scene* s) {
         }
         if (read) continue;
         memset(s->keys.at(s->pages, b, h, t), 0xff, static_cast<size_t>(c.keys.dim * bytes_of(c.keys.dtype)));
-        memset(s->values.at(s->pages, b, h, t), 0xff, static_cast<size_t>(c.values.dim * bytes_of(c.values.dtype)));
+        memset(s->values.at(s->pages, b, h, t), 0xff,
+               static_cast<size_t>(c.values.dim * bytes_of(c.values.dtype)));
       }
   const Results got = with_threads(*s, [&](const Results& r) {
     loki_call call = r.into(c);
@@ -191,7 +196,8 @@ void check_choose(Tally* tally, Choosing* x) {
 void check_appending(Tally* tally, const Appending& a) {
   for (int64_t threads = 1; threads <= kMostThreads; ++threads) {
     succeed(loki_set_threads(threads), "set_threads");
-    Untouched keys(a.keys.memory), values(a.values.memory), lead(a.lead.memory), scales(a.scales.memory), positions(a.positions);
+    Untouched keys(a.keys.memory), values(a.values.memory), lead(a.lead.memory), scales(a.scales.memory),
+        positions(a.positions);
     succeed(loki_append(&a.call), "append");
     ++tally->calls[kAppend];
     if (strcmp(loki_last_isa(), loki_isa()) != 0) fail("%s ran instead of %s", loki_last_isa(), loki_isa());
@@ -235,6 +241,7 @@ void one_round(Tally* tally, uint64_t seed, uint64_t number, std::string* doing)
     check_choose(tally, &choosing);
     Appending appending;
     draw_append(random, &appending);
+    compute_coordinates(&appending);
     *doing = isa + ": append: " + describe(appending);
     check_appending(tally, appending);
   }
@@ -246,7 +253,7 @@ void one_round(Tally* tally, uint64_t seed, uint64_t number, std::string* doing)
 int main(int argc, char** argv) {
   using namespace loki_test;
   const uint64_t seed = argc > 1 ? strtoull(argv[1], nullptr, 10) : 1;
-  const uint64_t rounds = argc > 2 ? strtoull(argv[2], nullptr, 10) : 40;
+  const uint64_t rounds = argc > 2 ? strtoull(argv[2], nullptr, 10) : 100;
   const uint64_t first = argc > 3 ? strtoull(argv[3], nullptr, 10) : 0;
   Tally tally;
   for (uint64_t i = first; i < first + rounds; ++i) {

@@ -36,9 +36,7 @@ class Random {
   int64_t pick(std::initializer_list<int64_t> of) {
     return of.begin()[between(0, static_cast<int64_t>(of.size()) - 1)];
   }
-  double normal() {
-    return sqrt(-2.0 * log(1.0 - share())) * cos(6.283185307179586 * share());
-  }
+  double normal() { return sqrt(-2.0 * log(1.0 - share())) * cos(6.283185307179586 * share()); }
 
  private:
   uint64_t state_;
@@ -76,9 +74,9 @@ class Buffer {
 // Number formats ---------------------------------------------------------------------------------
 
 struct Format {
-  int digits;    // of the significand, the hidden one included
-  int last;      // exponent of the smallest number above 0
-  double most;   // largest finite number
+  int digits;   // of the significand, the hidden one included
+  int last;     // exponent of the smallest number above 0
+  double most;  // largest finite number
 };
 
 inline Format format_of(int64_t dtype) {
@@ -152,12 +150,13 @@ inline void put_number(void* data, int64_t dtype, int64_t i, double x) {
 
 // Values -----------------------------------------------------------------------------------------
 
-enum class Taste { kNormal, kTied, kEqual, kHuge, kTiny };
+enum class Taste { kNormal, kTied, kHalves, kEqual, kHuge, kTiny };
 
 inline Taste draw_taste(Random& random) {
   const double p = random.share();
   return p < 0.6    ? Taste::kNormal
-         : p < 0.75 ? Taste::kTied
+         : p < 0.7  ? Taste::kTied
+         : p < 0.75 ? Taste::kHalves
          : p < 0.83 ? Taste::kEqual
          : p < 0.92 ? Taste::kHuge
                     : Taste::kTiny;
@@ -166,11 +165,21 @@ inline Taste draw_taste(Random& random) {
 inline double draw_value(Random& random, Taste taste, int64_t dtype) {
   switch (taste) {
     case Taste::kTied: return static_cast<double>(random.between(-1, 1));
+    case Taste::kHalves: return 0.5 * static_cast<double>(random.between(-254, 254));  // roundings tie
     case Taste::kEqual: return 0.75;
     case Taste::kHuge: return random.normal() * (dtype == LOKI_F16 ? 1e3 : 1e4);
     case Taste::kTiny: return random.normal() * (dtype == LOKI_F16 ? 1e-7 : 1e-39);
     default: return random.normal();
   }
+}
+
+// The largest power of two that a number is a whole multiple of.
+inline double grain(double x) {
+  if (x == 0.0) return INFINITY;
+  uint64_t bits;
+  memcpy(&bits, &x, sizeof bits);
+  const int exponent = static_cast<int>(bits >> 52 & 2047), zeros = __builtin_ctzll(bits | uint64_t{1} << 52);
+  return ldexp(1.0, exponent - 1075 + zeros);
 }
 
 // Places -----------------------------------------------------------------------------------------
@@ -224,8 +233,8 @@ struct Rows {
       r.rows.batch_stride = slots * r.rows.row_stride + gap();
     }
     const int64_t start = gap();
-    const int64_t size = start + (outer - 1) * r.rows.batch_stride +
-                         (heads - 1) * r.rows.head_stride + (slots - 1) * r.rows.row_stride + bytes;
+    const int64_t size = start + (outer - 1) * r.rows.batch_stride + (heads - 1) * r.rows.head_stride +
+                         (slots - 1) * r.rows.row_stride + bytes;
     r.memory = Buffer(size, random.chance(0.7) ? 0xff : 0x7f);
     r.rows.data = r.memory.as<char>(start);
     return r;

@@ -16,9 +16,7 @@ struct Scene {
   bool lead_is_keys = false;
 
   int64_t heads() const { return call.kv_heads * call.group; }
-  int64_t length(int64_t b) const {
-    return lengths.empty() ? call.seq : lengths[static_cast<size_t>(b)];
-  }
+  int64_t length(int64_t b) const { return lengths.empty() ? call.seq : lengths[static_cast<size_t>(b)]; }
   bool shown(int64_t b, int64_t t) const {
     return call.visible == nullptr || call.visible[b * call.visible_batch_stride + t] != 0;
   }
@@ -85,15 +83,14 @@ inline void draw_visible(Random& random, Scene* s) {
   const int64_t blank = random.chance(0.3) ? 600 : 0;  // a whole chunk without a row to see
   for (int64_t b = 0; b < masks; ++b)
     for (int64_t t = 0; t < c.seq; ++t)
-      *s->visible.as<uint8_t>(b * stride + t) = static_cast<uint8_t>(
-          t >= blank && random.chance(density) ? random.between(1, 255) : 0);
+      *s->visible.as<uint8_t>(b * stride + t) =
+          static_cast<uint8_t>(t >= blank && random.chance(density) ? random.between(1, 255) : 0);
   c.visible = s->visible.as<uint8_t>();
   c.visible_batch_stride = shared ? 0 : stride;
 }
 
 // Rows of random numbers; where `spoil`, hidden ones stay what they may be: anything.
-inline void fill_rows(Random& random, const Scene& s, Rows* to, int64_t dtype, int64_t filled,
-                      bool spoil) {
+inline void fill_rows(Random& random, const Scene& s, Rows* to, int64_t dtype, int64_t filled, bool spoil) {
   const Taste taste = draw_taste(random);
   for (int64_t b = 0; b < s.call.batch; ++b)
     for (int64_t h = 0; h < s.call.kv_heads; ++h)
@@ -113,19 +110,21 @@ inline void draw_rows(Random& random, Scene* s, Rows* to, int64_t dtype, bool sp
 }
 
 // [batch, heads, dim] with gaps.
-inline Buffer draw_query(Random& random, const Scene& s, int64_t dim, int64_t dtype,
-                         int64_t* batch_stride, int64_t* head_stride) {
+inline Buffer draw_query(Random& random, const Scene& s, int64_t dim, int64_t dtype, int64_t* batch_stride,
+                         int64_t* head_stride, bool ties = false) {
   const int64_t bytes = bytes_of(dtype);
   *head_stride = bytes * (dim + random.between(0, 5));
   *batch_stride = s.heads() * *head_stride + bytes * random.between(0, 5);
   Buffer query((s.call.batch - 1) * *batch_stride + (s.heads() - 1) * *head_stride + dim * bytes);
   Taste taste = draw_taste(random);
   if (taste == Taste::kHuge) taste = Taste::kNormal;
+  if (ties) taste = Taste::kHalves;
   for (int64_t b = 0; b < s.call.batch; ++b)
-    for (int64_t h = 0; h < s.heads(); ++h)
-      for (int64_t i = 0; i < dim; ++i)
-        put_number(query.as<char>(b * *batch_stride + h * *head_stride), dtype, i,
-                   draw_value(random, taste, dtype));
+    for (int64_t h = 0; h < s.heads(); ++h) {
+      char* row = query.as<char>(b * *batch_stride + h * *head_stride);
+      for (int64_t i = 0; i < dim; ++i) put_number(row, dtype, i, draw_value(random, taste, dtype));
+      if (taste == Taste::kHalves) put_number(row, dtype, 0, 127.0);  // its codes have the step 1
+    }
   return query;
 }
 
@@ -138,6 +137,10 @@ inline void draw_tiles(Random& random, Scene* s, int64_t kind, bool spoil) {
   s->lead.rows.dtype = kind;
   if (s->lead.rows.row_stride < lines * 64) fail("a tile is longer than its stride");
   s->scales = Rows::draw(random, s->pages, c.batch, c.kv_heads, c.seq, 1, 2, 2, true);
+  c.lead = s->lead.rows;
+  c.scales = static_cast<const uint16_t*>(s->scales.rows.data);
+  c.scales_batch_stride = s->scales.rows.batch_stride;
+  c.scales_head_stride = s->scales.rows.head_stride;
   const Taste taste = draw_taste(random);
   for (int64_t b = 0; b < c.batch; ++b)
     for (int64_t h = 0; h < c.kv_heads; ++h)
@@ -145,17 +148,17 @@ inline void draw_tiles(Random& random, Scene* s, int64_t kind, bool spoil) {
         if (spoil && !s->shown(b, t)) continue;
         char* tile = s->lead.at(s->pages, b, h, t);
         for (int64_t i = 0; i < lines * per_line; ++i) {
-          const double x = i >= c.lead_rank          ? 0.0
-                           : !holds_codes(kind)      ? draw_value(random, taste, kind)
-                           : taste == Taste::kEqual  ? 3.0
-                                                     : static_cast<double>(random.between(-limit, limit));
+          const double x = i >= c.lead_rank         ? 0.0
+                           : !holds_codes(kind)     ? draw_value(random, taste, kind)
+                           : taste == Taste::kEqual ? 3.0
+                                                    : static_cast<double>(random.between(-limit, limit));
           put_tile_number(tile, kind, t % 16, i, x);
         }
-        const double scale = taste == Taste::kEqual   ? 0.25
-                             : taste == Taste::kTied  ? 0.125 * static_cast<double>(random.between(1, 2))
-                             : taste == Taste::kTiny  ? 1e-7 + 1e-6 * random.share()
-                             : taste == Taste::kHuge  ? 1.0 + 10.0 * random.share()
-                                                      : 0.02 * random.share() + 0.001;
+        const double scale = taste == Taste::kEqual  ? 0.25
+                             : taste == Taste::kTied ? 0.125 * static_cast<double>(random.between(1, 2))
+                             : taste == Taste::kTiny ? 1e-7 + 1e-6 * random.share()
+                             : taste == Taste::kHuge ? 1.0 + 10.0 * random.share()
+                                                     : 0.02 * random.share() + 0.001;
         put_number(s->scales.at(s->pages, b, h, t), LOKI_F16, 0, scale);
       }
 }
@@ -169,10 +172,6 @@ inline void draw_lead(Random& random, Scene* s, bool spoil) {
   if (s->tiled()) {
     c.lead_rank = random.chance(0.5) ? random.pick({8, 16, 32, 64}) : random.between(1, 70);
     draw_tiles(random, s, random.pick({LOKI_INT8, LOKI_INT8, LOKI_INT4, LOKI_BF16, LOKI_F32}), spoil);
-    c.lead = s->lead.rows;
-    c.scales = static_cast<const uint16_t*>(s->scales.rows.data);
-    c.scales_batch_stride = s->scales.rows.batch_stride;
-    c.scales_head_stride = s->scales.rows.head_stride;
     if (!holds_codes(c.lead.dtype) && random.chance(0.8)) c.scales = nullptr;
   } else if (random.chance(0.5)) {
     s->lead_is_keys = true;
@@ -181,7 +180,8 @@ inline void draw_lead(Random& random, Scene* s, bool spoil) {
   } else {
     const int64_t dtype = random.between(LOKI_F32, LOKI_F16), dim = draw_dim(random);
     c.lead_rank = random.between(1, dim);
-    s->lead = Rows::draw(random, s->pages, c.batch, c.kv_heads, c.seq, 1, dim * bytes_of(dtype), bytes_of(dtype));
+    s->lead =
+        Rows::draw(random, s->pages, c.batch, c.kv_heads, c.seq, 1, dim * bytes_of(dtype), bytes_of(dtype));
     s->lead.rows.dim = dim;
     s->lead.rows.dtype = dtype;
     fill_rows(random, *s, &s->lead, dtype, c.lead_rank, spoil);
@@ -189,7 +189,7 @@ inline void draw_lead(Random& random, Scene* s, bool spoil) {
   }
   c.lead_query_dtype = random.between(LOKI_F32, LOKI_F16);
   s->lead_query = draw_query(random, *s, mapped ? c.keys.dim : c.lead_rank, c.lead_query_dtype,
-                             &c.lead_query_batch_stride, &c.lead_query_head_stride);
+                             &c.lead_query_batch_stride, &c.lead_query_head_stride, random.chance(0.2));
   c.lead_query = s->lead_query.as<char>();
   if (!mapped) return;
   const int64_t numbers = c.kv_heads * c.keys.dim * c.lead_rank;
@@ -252,12 +252,12 @@ inline std::string describe(const Scene& s) {
            "%lld values %lld %lld query %lld | scaling %g softcap %g sink_logits %d visible %d | lead "
            "kind %lld dtype %lld rank %lld query %lld map %d reduce %lld | wanted %d count %lld mass %g "
            "cap %lld floor %lld dense_below %lld sinks %lld recents %lld width %lld",
-           n(c.batch), n(c.kv_heads), n(c.group), n(c.seq), s.lengths.empty() ? "no" : "yes",
-           n(c.page_size), n(c.keys.dtype), n(c.keys.dim), n(c.values.dtype), n(c.values.dim),
-           n(c.query_dtype), c.scaling, c.softcap, c.sink_logits != nullptr, c.visible != nullptr,
-           n(c.lead_kind), n(c.lead.dtype), n(c.lead_rank), n(c.lead_query_dtype),
-           c.query_map != nullptr, n(c.reduce), c.wanted != nullptr, n(c.count), c.mass, n(c.cap),
-           n(c.floor), n(c.dense_below), n(c.sinks), n(c.recents), n(c.indices_width));
+           n(c.batch), n(c.kv_heads), n(c.group), n(c.seq), s.lengths.empty() ? "no" : "yes", n(c.page_size),
+           n(c.keys.dtype), n(c.keys.dim), n(c.values.dtype), n(c.values.dim), n(c.query_dtype), c.scaling,
+           c.softcap, c.sink_logits != nullptr, c.visible != nullptr, n(c.lead_kind), n(c.lead.dtype),
+           n(c.lead_rank), n(c.lead_query_dtype), c.query_map != nullptr, n(c.reduce), c.wanted != nullptr,
+           n(c.count), c.mass, n(c.cap), n(c.floor), n(c.dense_below), n(c.sinks), n(c.recents),
+           n(c.indices_width));
   return text;
 }
 

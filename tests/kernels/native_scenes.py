@@ -1,4 +1,4 @@
-"""Random decode steps for differential tests: odd sizes and layouts, poison where nothing may look."""
+"""Random decode steps for differential tests: odd sizes, odd layouts, poison beside the rows."""
 
 import math
 from contextlib import contextmanager
@@ -185,7 +185,7 @@ def planes(draw, batch, kv_heads, seq, visible=None, *, equal=False):
 
 
 def spoil_columns(held, visible):
-    """Columns behind the last row, and those of hidden rows: all bits set, NaN where there is one."""
+    """Set all bits of the columns that hold no visible row: NaN, where numbers have one."""
     room = held.data.shape[2] * 16
     unused = (torch.arange(room) >= held.length)[None]
     if visible is not None:

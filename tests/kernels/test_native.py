@@ -19,6 +19,7 @@ from native_truth import (
 
 from loki_attn.budget import Budget
 from loki_attn.kernels import native, reference
+from loki_attn.tiles import pack
 from loki_attn.types import AttentionCall, Lead, Selection
 
 pytestmark = pytest.mark.usefixtures("native_library")
@@ -95,8 +96,11 @@ def test_attend(tally, scene, data):
 
 @given(data=st.data())
 def test_score_of_tiles(tally, data):
-    """Codes: bit by bit what the reference says, as integer sums are exact and the three products
-    after them come in one order; a soft-cap is within a few units. Numbers: as float32 sums are."""
+    """Codes score what the reference says, bit by bit; numbers as exactly as float32 sums are.
+
+    Sums of codes are exact, and the three products after them come in the same order; a soft-cap
+    may differ by a few units of its last place.
+    """
     batch, kv_heads, group = (data.draw(st.integers(1, most)) for most in (3, 3, 9))
     seq = data.draw(st.one_of(st.integers(1, 80), st.sampled_from([512, 513, 1030])))
     plane = data.draw(planes(batch, kv_heads, seq))
@@ -128,18 +132,12 @@ def draw_query(data, batch, heads, rank):
 def test_a_query_that_is_no_number_scores_nothing(kind, junk):
     query = torch.ones(1, 2, 1, 5)
     query[0, 1, 0, 3] = junk
-    plane = pack_ones(kind)
+    plane = pack(torch.ones(1, 1, 20, 5), kind)
     scales = torch.ones(1, 1, 20, dtype=torch.float16)
     for _ in each_isa():
         scores = native.score(query, plane, scales, AttentionCall(scaling=1.0))
         assert bool(torch.isfinite(scores[:, 0]).all())
         assert bool(torch.isnan(scores[:, 1]).all())
-
-
-def pack_ones(kind):
-    from loki_attn.tiles import pack
-
-    return pack(torch.ones(1, 1, 20, 5), kind)
 
 
 @given(scene=scenes(), data=st.data())
@@ -174,7 +172,7 @@ def budgets(draw, seq, *, ranked):
 @given(scene=scenes(), data=st.data(), how=hows)
 def test_step(tally, scene, data, how):
     """Score, choose, attend in one: what is read is right, and what comes out fits what is read."""
-    batch, kv_heads, seq, dim = scene.keys.shape
+    batch, kv_heads, seq, _ = scene.keys.shape
     lead, numbers, kind = draw_lead(data, scene)
     # The query that ranks need not be the one that reads: rotated rows have their own.
     query = torch.roll(scene.query, 1, 3) if data.draw(st.booleans()) else scene.query

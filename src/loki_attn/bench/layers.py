@@ -18,8 +18,6 @@ from loki_attn.types import AttentionCall
 _CHUNK_TOKENS: Final = 4096
 # Coprime to every context that is a power of two, so that no two layers begin alike.
 _STRIDE: Final = 977
-# A cache in use has room for the tokens to come.
-_ROOM_TOKENS: Final = 64
 
 
 @final
@@ -55,7 +53,7 @@ class Plan:
     def layer_bytes(self) -> int:
         """Bytes that one layer holds: rows, positions and a lead plane, once per number format."""
         heads = self.batch * self.shape.num_kv_heads
-        tokens = self.context + _ROOM_TOKENS
+        tokens = -(-self.context // 64) * 64  # a cache grows in 64s
         # A lead plane takes at most 4 bytes per coordinate and 2 for a scale, a position 4.
         return len(self.planes) * tokens * (self.row_bytes() + heads * (4 * self.rank + 6))
 
@@ -84,7 +82,7 @@ class Layer:
 
     @property
     def keys(self) -> Tensor:
-        """[batch, kv_heads, context, head_dim], a view of storage with room for more."""
+        """[batch, kv_heads, context, head_dim]; contiguous where the context is a multiple of 64."""
         return self.rows.keys
 
     @property
@@ -118,7 +116,7 @@ def _fill(plan: Plan, key: Tensor, value: Tensor, query: Tensor, index: int) -> 
     for plane in plan.planes:
         policy = preset("loki", rank=plan.rank, plane_dtype=plane)
         bound[plane] = bind(policy, shape, 1, basis)
-        cache = LayerCache(bound[plane].selector, reserve_tokens=plan.context + _ROOM_TOKENS)
+        cache = LayerCache(bound[plane].selector, reserve_tokens=plan.context)
         for begin, end in _turned(plan.context, index * _STRIDE % plan.context):
             cache.append(key[:, :, begin:end], value[:, :, begin:end])
         caches[plane] = cache

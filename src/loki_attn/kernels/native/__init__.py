@@ -26,7 +26,7 @@ from loki_attn.kernels.native.library import (
     threads,
 )
 from loki_attn.kernels.native.place import find_library, why_missing
-from loki_attn.tiles import Tiles
+from loki_attn.tiles import TILE_ROWS, Tiles
 from loki_attn.types import (
     AppendRequest,
     AttentionCall,
@@ -72,14 +72,15 @@ def score(
     if scales is not None and not isinstance(plane, Tiles):
         raise Unserved("it knows scales of tiles only, and plain rows came with some")
     rows = _lead_fields(plane)
-    heads, rank = query.shape[1], query.shape[3]
-    batch, kv_heads, seq = _plane_sizes(plane)
+    batch, kv_heads, seq, rank = _plane_sizes(plane)
+    heads = _heads(query, kv_heads)
+    packing.fits("the query", query, batch, heads, 1, rank)
     out = torch.empty(batch, heads, 1, seq)
     fields = packing.CALL.pack(
         batch, kv_heads, heads // kv_heads, seq, *_UNPAGED,
         *packing.NOTHING, *packing.NOTHING, 0, 0, 0, 0,
         call.scaling, call.softcap or 0.0, 0, 0, 0,
-        _kind(plane), rank, *rows, *packing.scales_of(scales),
+        _kind(plane), rank, *rows, *packing.scales_of(scales, batch, kv_heads, seq),
         *packing.query_of("the query", query), 0, packing.REDUCES["max"],
         *_NO_CHOICE, 0, 0, 0, 0, 0, 0, out.data_ptr(), 0,
     )  # fmt: skip
@@ -108,7 +109,7 @@ def choose(scores: Tensor, counts: Tensor, visible: Tensor, forced: Tensor) -> S
     """The best rows as ascending indices; see `reference.choose`."""
     batch, choosers, seq = _single(scores)
     shape = (batch, choosers, 1, seq)
-    wanted = counts.expand(shape[:3]).contiguous()
+    wanted = counts.to(torch.int64).expand(shape[:3]).contiguous()
     seen, seen_fields = _marks(visible, shape)
     marks, mark_fields = _marks(forced, shape)
     most = min(max(int(wanted.max()), 1), seq)
@@ -127,8 +128,11 @@ def attend(
     query: Tensor, keys: Tensor, values: Tensor, selection: Selection, call: AttentionCall
 ) -> AttentionOutput:
     """Exact attention to the selected rows; see `reference.attend`."""
-    indices = selection.indices.contiguous()
+    indices = selection.indices.to(torch.int64).contiguous()
     counts = selection.counts.to(torch.int64).contiguous()
+    choosers = query.shape[1] if indices.shape[1] != keys.shape[1] else keys.shape[1]
+    packing.fits("indices", indices, keys.shape[0], choosers, indices.shape[2])
+    packing.fits("counts", counts, *indices.shape[:2])
     how: GroupReduce = "none" if indices.shape[1] != keys.shape[1] else "max"
     lse = query.new_empty(query.shape[:3], dtype=torch.float32)
     chosen = (lse.data_ptr(), 0, indices.data_ptr(), indices.shape[2], counts.data_ptr(), 0)
@@ -185,11 +189,11 @@ def step(  # noqa: PLR0913 - what its three parts take together
         if reading.counts is None:
             return None  # nothing is estimated: the straight line says what is wrong
         how = "max"  # all query heads of a group read the same rows
-    batch, kv_heads, seq, _ = keys.shape
-    heads = query.shape[1]
+    batch, kv_heads, heads, seq = _sizes(rows_query, keys, values)
     kept, seen = packing.visible_of(visible, batch, seq)
-    sink, sink_pointer = packing.sinks_of(call.sink_logits)
-    map_pointer, rank, lead_fields = _step_lead(lead, query)
+    sink, sink_pointer = packing.sinks_of(call.sink_logits, heads)
+    packing.fits("the query", query, batch, heads, 1, query.shape[3])
+    map_pointer, rank, lead_fields = _step_lead(lead, query, keys)
     wanted, count, most = _wanted(reading, batch, seq)
     choosers = heads if how == "none" else kv_heads
     out = rows_query.new_empty(batch, heads, 1, values.shape[3])
@@ -200,7 +204,8 @@ def step(  # noqa: PLR0913 - what its three parts take together
         *packing.rows_of("keys", keys), *packing.rows_of("values", values),
         *packing.query_of("the query", rows_query),
         call.scaling, call.softcap or 0.0, sink_pointer, *seen,
-        _kind(lead.plane), rank, *lead_fields, *packing.scales_of(lead.scales),
+        _kind(lead.plane), rank, *lead_fields,
+        *packing.scales_of(lead.scales, batch, kv_heads, seq),
         *packing.query_of("the query", query), map_pointer, packing.REDUCES[how],
         0 if wanted is None else wanted.data_ptr(), count, reading.mass or 0.0,
         reading.cap or 0, reading.floor, reading.dense_below, reading.sinks, reading.recents,
@@ -219,15 +224,18 @@ def step(  # noqa: PLR0913 - what its three parts take together
 def append(request: AppendRequest) -> bool:
     """Write new rows, their positions and their lead; see `cache.LayerCache.append`."""
     key, value = request.key, request.value
-    batch, kv_heads, tokens, _ = key.shape
+    batch, kv_heads, tokens, dim = key.shape
     if tokens == 0 or key.requires_grad or value.requires_grad:
         return False
+    capacity = request.keys.shape[2]
+    _check_room(request, capacity)
     lead: packing.Fields = packing.NOTHING
     scales: packing.Fields = (0, 0, 0)
     rank = key_map = 0
     if request.lead is not None and request.key_map is not None:
         lead, rank = packing.tiles_of(request.lead), request.lead.rank
-        key_map, scales = _map_pointer(request.key_map), packing.scales_of(request.lead_scales)
+        key_map = _map_pointer(request.key_map, kv_heads, dim, rank)
+        scales = packing.scales_of(request.lead_scales, batch, kv_heads, capacity)
     positions = request.positions
     fields = packing.APPEND.pack(
         batch, kv_heads, tokens, request.start, 0, 0, 0,
@@ -244,6 +252,25 @@ def append(request: AppendRequest) -> bool:
     return True
 
 
+def _check_room(request: AppendRequest, capacity: int) -> None:
+    """Check that all storage fits the new rows and has room for them."""
+    batch, kv_heads, tokens, dim = request.key.shape
+    value_dim, end = request.value.shape[3], request.start + tokens
+    packing.fits("values", request.value, batch, kv_heads, tokens, value_dim)
+    packing.fits("stored keys", request.keys, batch, kv_heads, capacity, dim)
+    packing.fits("stored values", request.values, batch, kv_heads, capacity, value_dim)
+    positions = request.positions
+    packing.fits("positions", positions, batch, kv_heads, capacity)
+    if positions.dtype != torch.int32 or positions.stride(2) != 1 or not positions.is_cpu:
+        raise Unserved(f"positions are contiguous int32 on the CPU, got {positions.dtype}")
+    lead = request.lead
+    if lead is not None and lead.data.shape[:2] != request.key.shape[:2]:
+        raise Unserved(f"the lead has tiles for {list(lead.data.shape[:2])}, not for the keys")
+    room = capacity if lead is None else min(capacity, lead.data.shape[2] * TILE_ROWS)
+    if request.start < 0 or end > room:
+        raise Unserved(f"rows {request.start} to {end} have no room among {room}")
+
+
 def _read(
     run: Callable[[bytes], int],
     query: Tensor,
@@ -255,10 +282,9 @@ def _read(
     results: packing.Fields,
 ) -> Tensor:
     """Attend to rows that are not chosen here."""
-    batch, kv_heads, seq, _ = keys.shape
-    heads = query.shape[1]
+    batch, kv_heads, heads, seq = _sizes(query, keys, values)
     kept, seen = packing.visible_of(visible, batch, seq)
-    sink, sink_pointer = packing.sinks_of(call.sink_logits)
+    sink, sink_pointer = packing.sinks_of(call.sink_logits, heads)
     out = query.new_empty(batch, heads, 1, values.shape[3])
     lead_part = (*_NO_LEAD[:-1], packing.REDUCES[how])
     fields = packing.CALL.pack(
@@ -280,6 +306,23 @@ def _run_choose(fields: bytes) -> None:
     check(lib.loki_choose(fields))
 
 
+def _heads(query: Tensor, kv_heads: int) -> int:
+    """Query heads, which must share the KV heads evenly."""
+    heads = query.shape[1]
+    if kv_heads == 0 or heads % kv_heads:
+        raise Unserved(f"{heads} query heads cannot share {kv_heads} KV heads")
+    return heads
+
+
+def _sizes(query: Tensor, keys: Tensor, values: Tensor) -> tuple[int, int, int, int]:
+    """Batch, KV heads, query heads and rows of tensors that fit each other."""
+    batch, kv_heads, seq, dim = keys.shape
+    heads = _heads(query, kv_heads)
+    packing.fits("the query", query, batch, heads, 1, dim)
+    packing.fits("values", values, batch, kv_heads, seq, values.shape[3])
+    return batch, kv_heads, heads, seq
+
+
 def _single(scores: Tensor) -> tuple[int, int, int]:
     """Sizes of scores of one query token."""
     batch, choosers, q_len, seq = scores.shape
@@ -299,6 +342,8 @@ def _score_fields(scores: Tensor) -> packing.Fields:
 
 def _marks(marks: Tensor, shape: tuple[int, int, int, int]) -> tuple[Tensor, packing.Fields]:
     """A broadcastable mask as bytes per chooser: the tensor to keep alive, and its fields."""
+    if marks.dtype != torch.bool or not marks.is_cpu:
+        raise Unserved(f"a mask is bool on the CPU, got {marks.dtype} on {marks.device}")
     spread = marks.expand(shape)
     if spread.stride(3) != 1:
         spread = marks.contiguous().expand(shape)
@@ -319,25 +364,32 @@ def _lead_fields(plane: Tensor | Tiles) -> packing.Fields:
     return packing.rows_of("the plane", plane)
 
 
-def _plane_sizes(plane: Tensor | Tiles) -> tuple[int, int, int]:
+def _plane_sizes(plane: Tensor | Tiles) -> tuple[int, int, int, int]:
+    """Batch, KV heads, rows and coordinates."""
     if isinstance(plane, Tiles):
-        return plane.data.shape[0], plane.data.shape[1], plane.length
-    return plane.shape[0], plane.shape[1], plane.shape[2]
+        return plane.data.shape[0], plane.data.shape[1], plane.length, plane.rank
+    return plane.shape[0], plane.shape[1], plane.shape[2], plane.shape[3]
 
 
-def _step_lead(lead: Lead, query: Tensor) -> tuple[int, int, packing.Fields]:
-    """Address of the query map, rank, and fields of the plane."""
+def _step_lead(lead: Lead, query: Tensor, keys: Tensor) -> tuple[int, int, packing.Fields]:
+    """Address of the query map, rank, and fields of the plane, which has a row for each key."""
     if lead.plane is None:
         return 0, 0, packing.NOTHING
-    rank = lead.plane.rank if isinstance(lead.plane, Tiles) else lead.plane.shape[3]
+    *held, rank = _plane_sizes(lead.plane)
+    kv_heads, dim = keys.shape[1], keys.shape[3]
+    if held != list(keys.shape[:3]):
+        raise Unserved(f"the plane must have rows {list(keys.shape[:3])} like the keys, got {held}")
     if lead.query_map is not None:
-        return _map_pointer(lead.query_map), rank, _lead_fields(lead.plane)
+        if query.shape[3] != dim:
+            raise Unserved(f"it maps queries of {dim} coordinates, got {query.shape[3]}")
+        return _map_pointer(lead.query_map, kv_heads, dim, rank), rank, _lead_fields(lead.plane)
     if query.shape[3] < rank:
         raise Unserved(f"a query of {query.shape[3]} coordinates cannot rank by {rank}")
     return 0, rank, _lead_fields(lead.plane)
 
 
-def _map_pointer(mapping: Tensor) -> int:
+def _map_pointer(mapping: Tensor, kv_heads: int, dim: int, rank: int) -> int:
+    packing.fits("a map", mapping, kv_heads, dim, rank)
     if mapping.dtype != torch.float32 or not mapping.is_contiguous() or not mapping.is_cpu:
         raise Unserved(f"maps are contiguous float32 on the CPU, got {mapping.dtype}")
     return mapping.data_ptr()

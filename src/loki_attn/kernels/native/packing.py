@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from loki_attn.kernels.backends import Unserved
-from loki_attn.tiles import Tiles
+from loki_attn.tiles import TILE_ROWS, Tiles
 from loki_attn.types import GroupReduce
 
 CALL: Final = Struct("=4q4q6q6q4q2d3q2q6q3q4q2q2qd3q2q8q")
@@ -27,6 +27,16 @@ NOTHING: Final = (0, 0, 0, 0, 0, 0)
 _MOST_DIM: Final = 1024
 
 Fields = tuple[int, ...]
+
+
+def fits(name: str, tensor: Tensor, *shape: int) -> None:
+    """Check sizes that others depend on: the library would read and write beside the memory.
+
+    Raises:
+        Unserved: If the tensor has another shape.
+    """
+    if tensor.shape != shape:
+        raise Unserved(f"{name} must have the shape {list(shape)}, got {list(tensor.shape)}")
 
 
 def dtype_of(name: str, tensor: Tensor) -> int:
@@ -76,27 +86,32 @@ def tiles_of(tiles: Tiles) -> Fields:
     """loki_rows of the lead plane, a row being a tile.
 
     Raises:
-        Unserved: If the tiles are not on the CPU or their lines do not lie together.
+        Unserved: If the tiles are not on the CPU, their lines do not lie together, or they are too
+            few for their rows.
     """
     data, size = tiles.data, tiles.data.element_size()
     batch, head, tile, *inner = data.stride()
     width = data.shape[5]
     if not data.is_cpu or inner != [16 * width, width, 1]:
         raise Unserved("the lines of a tile must lie together on the CPU")
+    if data.shape[2] * TILE_ROWS < tiles.length:
+        raise Unserved(f"{data.shape[2]} tiles cannot hold {tiles.length} rows")
     lines = data.shape[3]
     return data.data_ptr(), KINDS[tiles.kind], lines, batch * size, head * size, tile * size
 
 
-def scales_of(scales: Tensor | None) -> Fields:
-    """Pointer and strides of float16 [batch, kv_heads, T].
+def scales_of(scales: Tensor | None, batch: int, kv_heads: int, rows: int) -> Fields:
+    """Pointer and strides of float16 [batch, kv_heads, rows].
 
     Raises:
-        Unserved: If they are of another dtype or layout.
+        Unserved: If they are of another shape, dtype or layout, or not on the CPU.
     """
     if scales is None:
         return (0, 0, 0)
-    if scales.dtype != torch.float16 or (scales.stride(2) != 1 and scales.shape[2] > 1):
-        raise Unserved(f"scales are contiguous float16, got {scales.dtype}")
+    fits("the scales", scales, batch, kv_heads, rows)
+    apart = scales.stride(2) != 1 and rows > 1
+    if scales.dtype != torch.float16 or apart or not scales.is_cpu:
+        raise Unserved(f"scales are contiguous float16 on the CPU, got {scales.dtype}")
     return scales.data_ptr(), scales.stride(0) * 2, scales.stride(1) * 2
 
 
@@ -118,9 +133,16 @@ def visible_of(visible: Tensor | None, batch: int, seq: int) -> tuple[Tensor | N
     return kept, (kept.data_ptr(), kept.stride(0) if kept.shape[0] > 1 else 0)
 
 
-def sinks_of(sink_logits: Tensor | None) -> tuple[Tensor | None, int]:
-    """Sink logits as contiguous float32: the tensor to keep alive, and its address."""
+def sinks_of(sink_logits: Tensor | None, heads: int) -> tuple[Tensor | None, int]:
+    """Sink logits as contiguous float32: the tensor to keep alive, and its address.
+
+    Raises:
+        Unserved: If there is not one for each query head, or they are not on the CPU.
+    """
     if sink_logits is None:
         return None, 0
+    fits("sink logits", sink_logits, heads)
+    if not sink_logits.is_cpu:
+        raise Unserved(f"it serves tensors on the CPU, and sink logits are on {sink_logits.device}")
     kept = sink_logits.detach().to(torch.float32).contiguous()
     return kept, kept.data_ptr()
