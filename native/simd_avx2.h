@@ -75,7 +75,7 @@ static inline __m256 power_of_two_half(__m256 n) {
   const __m256i e = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
   return _mm256_castsi256_ps(_mm256_slli_epi32(e, 23));
 }
-// For whole numbers in -126..127; others, and NaN, comes back through the product it is part of.
+// For whole numbers in -126..127; others, and NaN, give some number.
 static inline F32 power_of_two(F32 n) { return {power_of_two_half(n.a), power_of_two_half(n.b)}; }
 
 static inline __m256 halves(F32 x) { return _mm256_add_ps(x.a, x.b); }
