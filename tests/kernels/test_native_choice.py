@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from native_scenes import each_isa
 
 from loki_attn.kernels import native, reference
+from loki_attn.types import AttentionCall, Lead, Reading
 
 pytestmark = pytest.mark.usefixtures("native_library")
 
@@ -113,3 +114,16 @@ def test_mass_counts_of_nothing(value):
     forced = torch.zeros(1, 1, 1, 5, dtype=torch.bool)
     wanted = reference.mass_counts(weights, forced, 0.5)
     assert torch.equal(native.mass_counts(weights, forced, 0.5), wanted)
+
+
+def test_a_step_whose_sink_logits_take_everything_counts_like_the_reference():
+    """The estimated shares of all rows vanish in float32."""
+    call = AttentionCall(scaling=0.2, sink_logits=torch.full((4,), 300.0))
+    query, keys = torch.randn(1, 4, 1, 8), torch.randn(1, 2, 50, 8)
+    logits = reference.score(query, keys, None, call)
+    shares = reference.reduce_group(logits, 2, "softmax_sum", None, call)
+    forced = reference.protect(torch.ones(1, 1, 1, 50, dtype=torch.bool), 1, 2)
+    wanted = reference.mass_counts(shares, forced, 0.5)[..., 0]
+    reading = Reading(counts=None, mass=0.5, sinks=1, recents=2)
+    result = native.step(query, query, keys, keys, Lead(keys), reading, "softmax_sum", call, None)
+    assert torch.equal(result[1].counts, wanted)

@@ -88,7 +88,7 @@ REFUSED = {
     "counts of one head": ("attend", 3, replace(selection(BATCH, 2, 5), counts=COUNTS[:, :1, 0])),
     "scores of another rank": ("score", 0, QUERY[..., :5]),
     "tiles of another batch": ("score", 1, pack(torch.ones(3, KV_HEADS, SEQ, RANK), "int8")),
-    "too few tiles": ("score", 1, Tiles(CODES.data, "int8", RANK, 33)),
+    "too few tiles": ("score", 1, Tiles(CODES.data[:, :, :1], "int8", RANK, SEQ)),
     "scattered tiles": ("score", 1, Tiles(CODES.data.transpose(3, 4), "int8", RANK, SEQ)),
     "fewer scales": ("score", 2, SCALES[..., :10]),
     "float32 scales": ("score", 2, SCALES.float()),

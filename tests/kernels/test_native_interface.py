@@ -1,4 +1,4 @@
-"""The C interface itself: structs as the header declares them, and a status for every wrong call."""
+"""The C interface itself: structs as the header declares them, a status for every wrong call."""
 
 import re
 
