@@ -60,6 +60,7 @@ int64_t mass_count(const float* weights, int64_t count, const uint8_t* forced, d
   double total = 0.0;
   for (int64_t i = 0; i < count; ++i) total += static_cast<double>(weights[i]);
   if (!(total == total)) return 1;  // NaN: nothing is known of any row
+  if (total == 0.0) return count;  // no number of rows reaches a share of nothing
   double needed = mass * (1.0 - 1e-9) * total;
   int64_t before = 0, rest = 0;
   for (int64_t i = 0; i < count; ++i) {

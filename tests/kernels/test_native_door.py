@@ -13,6 +13,7 @@ from loki_attn.errors import InputError, LokiAttnError
 from loki_attn.kernels import backends, native, ops, reference
 from loki_attn.kernels.backends import Unserved
 from loki_attn.kernels.native import place
+from loki_attn.testing import layer_shape, random_rows
 from loki_attn.tiles import Tiles, pack
 from loki_attn.types import AppendRequest, AttentionCall, Lead, Reading, Selection
 
@@ -314,3 +315,15 @@ def test_an_unknown_instruction_set_is_an_error():
     with pytest.raises(LokiAttnError, match="Unknown instruction set 'avx1024'"):
         native.set_isa("avx1024")
     assert native.isa() == before
+
+
+def test_gradients_are_left_to_plain_torch(native_library):
+    del native_library
+    query, key, value = random_rows(layer_shape(2, 1, 8), 5)
+    query.requires_grad_()
+    call = AttentionCall(scaling=1.0)
+    out = ops("native")
+    with pytest.raises(LokiAttnError, match="has no gradients, and the query asks for one"):
+        out.dense(query, key, value, None, call, causal=True)
+    with torch.no_grad():
+        assert not out.dense(query, key, value, None, call, causal=True).requires_grad

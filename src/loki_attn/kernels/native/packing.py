@@ -43,7 +43,7 @@ def dtype_of(name: str, tensor: Tensor) -> int:
     """The code of a floating dtype.
 
     Raises:
-        Unserved: If the tensor is not on the CPU or of another dtype.
+        Unserved: If the tensor is not on the CPU, of another dtype, or part of a gradient.
     """
     code = FLOATS.get(tensor.dtype)
     if code is None or not tensor.is_cpu:
@@ -51,6 +51,8 @@ def dtype_of(name: str, tensor: Tensor) -> int:
             f"it serves float32, bfloat16 and float16 on the CPU, and {name} is {tensor.dtype} on "
             f"{tensor.device}"
         )
+    if tensor.requires_grad and torch.is_grad_enabled():
+        raise Unserved(f"it has no gradients, and {name} asks for one")
     return code
 
 
