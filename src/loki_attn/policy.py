@@ -24,7 +24,7 @@ _PRESETS: Final[dict[str, dict[str, Any]]] = {
     },
     "loki": {
         "select": {"method": "loki", "layout": "planes", "plane_dtype": "int8"},
-        # Below three times top_k dense attention is as fast; docs/results/speed.md has the crossover.
+        # Up to three times top_k, dense attention is as fast (docs/results/README.md).
         "budget": {"top_k": 512, "sinks": 4, "recents": 64, "min_k": 128, "dense_below": 1536},
     },
     "loki-paper": {

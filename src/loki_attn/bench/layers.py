@@ -82,7 +82,7 @@ class Layer:
 
     @property
     def keys(self) -> Tensor:
-        """[batch, kv_heads, context, head_dim]; contiguous where the context is a multiple of 64."""
+        """[batch, kv_heads, context, head_dim], contiguous for a context in whole 64s."""
         return self.rows.keys
 
     @property
