@@ -76,6 +76,27 @@ static inline F32 hyperbolic_tangent(F32 x) {
   return select(less(a, set1(0.625f)), small, signed_large);
 }
 
+#if !defined(LOKI_SIMD_AVX512)
+// Without an instruction for it. Appends the marked values and their indices.
+static inline int64_t compress(Mask m, F32 values, int32_t row, float* out, int32_t* rows) {
+  float lanes[16];
+  store(lanes, values);
+  int64_t n = 0;
+  for (unsigned left = bits(m); left; left &= left - 1u, ++n) {
+    const int i = __builtin_ctz(left);
+    out[n] = lanes[i];
+    rows[n] = row + i;
+  }
+  return n;
+}
+
+static inline int64_t compress_rows(Mask m, const int32_t* rows, int32_t* out) {
+  int64_t n = 0;
+  for (unsigned left = bits(m); left; left &= left - 1u) out[n++] = rows[__builtin_ctz(left)];
+  return n;
+}
+#endif
+
 static inline float largest_of(F32 x) {
   float lanes[16];
   store(lanes, x);

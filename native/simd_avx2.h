@@ -163,25 +163,6 @@ static inline I32 dot_quads(I32 acc, const Quads& q, const int32_t* words) {
   return {dot_half(acc.a, q.even.a, q.odd.a, words), dot_half(acc.b, q.even.b, q.odd.b, words)};
 }
 
-// Appends the marked values and their indices.
-static inline int64_t compress(Mask m, F32 values, int32_t row, float* out, int32_t* rows) {
-  float lanes[16];
-  store(lanes, values);
-  int64_t n = 0;
-  for (unsigned left = bits(m); left; left &= left - 1u, ++n) {
-    const int i = __builtin_ctz(left);
-    out[n] = lanes[i];
-    rows[n] = row + i;
-  }
-  return n;
-}
-
-static inline int64_t compress_rows(Mask m, const int32_t* rows, int32_t* out) {
-  int64_t n = 0;
-  for (unsigned left = bits(m); left; left &= left - 1u) out[n++] = rows[__builtin_ctz(left)];
-  return n;
-}
-
 static inline uint64_t sum_words(const void* data, int64_t bytes) {
   const __m256i* p = static_cast<const __m256i*>(data);
   __m256i s[4] = {_mm256_setzero_si256(), _mm256_setzero_si256(), _mm256_setzero_si256(), _mm256_setzero_si256()};

@@ -155,25 +155,6 @@ static inline I32 dot_quads(I32 acc, Quads x, const int32_t* words) {
   LOKI_FOUR(I32, dot_bytes(acc.v[i], x.v[i], q))
 }
 
-// Appends the marked values and their indices.
-static inline int64_t compress(Mask m, F32 values, int32_t row, float* out, int32_t* rows) {
-  float lanes[16];
-  store(lanes, values);
-  int64_t n = 0;
-  for (unsigned left = bits(m); left; left &= left - 1u, ++n) {
-    const int i = __builtin_ctz(left);
-    out[n] = lanes[i];
-    rows[n] = row + i;
-  }
-  return n;
-}
-
-static inline int64_t compress_rows(Mask m, const int32_t* rows, int32_t* out) {
-  int64_t n = 0;
-  for (unsigned left = bits(m); left; left &= left - 1u) out[n++] = rows[__builtin_ctz(left)];
-  return n;
-}
-
 static inline uint64_t sum_words(const void* data, int64_t bytes) {
   const uint8_t* p = static_cast<const uint8_t*>(data);
   uint64x2_t s[4] = {vdupq_n_u64(0), vdupq_n_u64(0), vdupq_n_u64(0), vdupq_n_u64(0)};

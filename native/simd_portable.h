@@ -123,22 +123,6 @@ static inline I32 dot_quads(I32 acc, const Quads& q, const int32_t* words) {
   return acc;
 }
 
-static inline int64_t compress(Mask m, const F32& values, int32_t row, float* out, int32_t* rows) {
-  int64_t n = 0;
-  for (; m; m &= m - 1u, ++n) {
-    const int i = __builtin_ctz(m);
-    out[n] = values.v[i];
-    rows[n] = row + i;
-  }
-  return n;
-}
-
-static inline int64_t compress_rows(Mask m, const int32_t* rows, int32_t* out) {
-  int64_t n = 0;
-  for (unsigned left = bits(m); left; left &= left - 1u) out[n++] = rows[__builtin_ctz(left)];
-  return n;
-}
-
 static inline uint64_t sum_words(const void* data, int64_t bytes) {
   const char* p = static_cast<const char*>(data);
   uint64_t sums[4] = {0, 0, 0, 0};

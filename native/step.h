@@ -5,6 +5,19 @@
 
 namespace loki {
 
+constexpr int64_t kWorthThreads = 1 << 16;  // bytes below which one thread is faster than two
+
+// Where row t lies; the tiles of a paged lead are rows of `unit` tokens.
+template <typename Call>
+const char* row_at(const Call& c, const loki_rows& rows, int64_t batch, int64_t head, int64_t t,
+                   int64_t unit = 1) {
+  const char* data = static_cast<const char*>(rows.data) + head * rows.head_stride;
+  if (c.block_table == nullptr) return data + batch * rows.batch_stride + t * rows.row_stride;
+  const int64_t per_page = c.page_size / unit;
+  const int64_t page = c.block_table[batch * c.table_stride + t / per_page];
+  return data + page * rows.batch_stride + (t % per_page) * rows.row_stride;
+}
+
 enum class Work { kScore, kAttend, kDense, kStep };
 
 // The arguments are checked before; returns a loki_status.
