@@ -76,7 +76,8 @@ struct Kernels {
                      float* logits, int64_t stride, float* scratch);
   // In place: factor * cap * tanh(logit / cap).
   void (*soft_cap)(float* logits, int64_t count, float cap, float factor);
-  // In place: 2 ** (logit - peak), of logits that were multiplied by log2(e); invisible rows and those beyond `count` become 0.
+  // In place: 2 ** (logit - peak), of logits that were multiplied by log2(e); invisible rows and
+  // those beyond `count` become 0.
   // Every 16 logits, `ahead_step` further bytes from `ahead` on are prefetched.
   void (*exponentials)(float* logits, int64_t count, const uint8_t* visible, float* peak,
                        float* total, const char* ahead, int64_t ahead_step);

@@ -145,8 +145,8 @@ void lay_out(const Run& run, Item* item, Layout* memory) {
     item->peaks = memory->take<float>(most * item->heads);
     item->totals = memory->take<float>(most * item->heads);
     item->sums = memory->take<float>(most * item->sums_stride);
-    item->weights = c.column_sums == nullptr || run.work != Work::kDense ? nullptr
-                                             : memory->take<float>(item->heads * item->stride);
+    const bool sums = c.column_sums != nullptr && run.work == Work::kDense;
+    item->weights = sums ? memory->take<float>(item->heads * item->stride) : nullptr;
   }
 }
 

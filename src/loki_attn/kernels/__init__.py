@@ -150,11 +150,9 @@ class _Routed:
 
     def __init__(self, chosen: backends.Accepted, plain: ModuleType, *, strict: bool) -> None:
         self._name = chosen.name
-        self._fast = chosen.module
-        self._plain = plain
         self._strict = strict
         for op in (name for name in vars(Ops) if not name.startswith("_")):
-            fast = getattr(self._fast, op, None)
+            fast = getattr(chosen.module, op, None)
             own = getattr(plain, op)
             setattr(self, op, own if fast is None else self._route(op, fast, own))
 
