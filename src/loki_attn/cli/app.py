@@ -18,6 +18,7 @@ from loki_attn.cli import (
     inspect,
     methods,
     report,
+    tune,
 )
 from loki_attn.cli.terminal import fail, stderr
 from loki_attn.errors import LokiAttnError
@@ -82,7 +83,7 @@ def _message(error: LokiAttnError | OSError) -> str:
     return f"{error.strerror}{place}."
 
 
-for _module in (calibrate, inspect, generate, report, methods, doctor, demo):
+for _module in (calibrate, inspect, generate, tune, report, methods, doctor, demo):
     app.command(_module.NAME, epilog=_module.EXAMPLE)(_module.command)
 app.add_typer(evaluate.app, name="eval")
 app.add_typer(bench.app, name="bench")
