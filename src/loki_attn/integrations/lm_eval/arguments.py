@@ -1,0 +1,136 @@
+"""From the arguments of a model in lm-eval to a policy and its basis."""
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, Final
+
+from lm_eval.models.huggingface import HFLM
+
+from loki_attn.basis import Basis
+from loki_attn.budget import Budget
+from loki_attn.errors import BasisError, InputError, unknown_name
+from loki_attn.models import basis_path
+from loki_attn.policy import Policy, methods
+from loki_attn.select.loki import Loki
+
+OWN: Final = frozenset({"policy", "basis", "mode", "prefix_tokens"})
+# Which cached basis is looked for, the best first.
+_KINDS: Final = ("mixed", "balanced", "pca")
+
+
+def split(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Tell lm-eval's own arguments from those that change a policy.
+
+    Args:
+        options: What was given beside the model and `OWN`.
+
+    Returns:
+        Arguments of `HFLM`, and fields of a policy; lists become tuples in the latter.
+
+    Raises:
+        UnknownNameError: If a name is neither; the text lists what is known.
+    """
+    host, changes = _host_names(), _policy_fields()
+    for name in options:
+        if name not in host | changes:
+            raise unknown_name("argument of loki-attn", name, OWN | host | changes)
+    return (
+        {name: value for name, value in options.items() if name in host},
+        {
+            name: tuple(value) if isinstance(value, list) else value
+            for name, value in options.items()
+            if name not in host
+        },
+    )
+
+
+def label(policy: Policy | str, changes: Mapping[str, Any]) -> str:
+    """Name a policy as it was asked for: "loki:top_k=256,rank=16", a file's stem, its own name."""
+    if isinstance(policy, Policy):
+        return policy.name
+    if policy.endswith(".json"):
+        return Path(policy).stem
+    spelt = ",".join(f"{name}={_spelt(value)}" for name, value in changes.items())
+    return f"{policy}:{spelt}" if spelt else policy
+
+
+def find_basis(policy: Policy, given: Basis | str | Path | None, model: str) -> Basis | None:
+    """Return the basis that a policy needs: the given one, or the cached one of the model.
+
+    Args:
+        policy: The policy.
+        given: A basis or the path of its file; None looks into the cache.
+        model: The model, by the name or the folder that it was loaded from.
+
+    Returns:
+        The basis, or None where the method needs none.
+
+    Raises:
+        BasisError: If there is none, or it cannot be read.
+    """
+    if not policy.select.needs_basis:
+        return None
+    if isinstance(given, Basis):
+        return given
+    if given is not None:
+        return Basis.load(given)
+    match policy.select:
+        case Loki(layout="rotated"):
+            kinds: tuple[str, ...] = ("pca",)
+        case _:
+            kinds = _KINDS
+    for kind in kinds if model else ():
+        path = basis_path(model, kind)
+        if path.is_file():
+            return Basis.load(path)
+    wish = "" if kinds == _KINDS else f" --kind {kinds[0]}"
+    raise BasisError(
+        f"Policy {policy.name!r} needs a basis and there is none of {model or 'this model'!r} yet; "
+        f"run `loki-attn calibrate --model MODEL{wish}` once, or give basis=FILE."
+    )
+
+
+def check_batch_size(given: object) -> None:
+    """Refuse a batch size that lm-eval would find by trying.
+
+    Raises:
+        InputError: If it is "auto".
+    """
+    if str(given).startswith("auto"):
+        raise InputError(
+            f"batch_size={given!r} makes lm-eval try lengths out, which would count as evaluation; "
+            "give a number."
+        )
+
+
+def check_prefix(given: object) -> None:
+    """Refuse a prefix that is no number of tokens.
+
+    Raises:
+        InputError: If it is not a whole number, or negative.
+    """
+    if isinstance(given, bool) or not isinstance(given, int) or given < 0:
+        raise InputError(f"prefix_tokens must be a whole number of tokens >= 0, got {given!r}.")
+
+
+def _host_names() -> frozenset[str]:
+    parameters = inspect.signature(HFLM.__init__).parameters.values()
+    named = {p.name for p in parameters if p.kind is not inspect.Parameter.VAR_KEYWORD}
+    return frozenset(named - {"self", "pretrained"})
+
+
+def _policy_fields() -> frozenset[str]:
+    own = {"name", "group_reduce", *(field.name for field in fields(Budget))}
+    return frozenset(own.union(*(_names_of(method) for method in methods().values())))
+
+
+def _names_of(method: type) -> set[str]:
+    return {field.name for field in fields(method)}
+
+
+def _spelt(value: object) -> str:
+    if isinstance(value, tuple):
+        return "[" + ",".join(str(part) for part in value) + "]"
+    return str(value)
