@@ -8,12 +8,13 @@ ARGS ?=
 # What the native kernels are built from; a change builds them again.
 NATIVE := CMakeLists.txt $(wildcard native/*.h native/*.cpp)
 
-.PHONY: help demo test bench sanitize lint format clean
+.PHONY: help demo test bench docs sanitize lint format clean
 
 help:
 	@echo "make demo     a real model with dense and with Loki attention, side by side"
 	@echo "make test     the test suite"
 	@echo "make bench    time decode steps against torch on this machine"
+	@echo "make docs     the documentation site, in build/docs"
 	@echo "make sanitize the native kernels under the address and undefined-behaviour sanitizers"
 	@echo "make lint     style, types and the import law"
 	@echo "make format   rewrite the sources in house style"
@@ -30,6 +31,9 @@ test: $(READY)
 
 bench: $(READY)
 	$(BIN)/loki-attn bench decode $(ARGS)
+
+docs: $(READY)
+	$(BIN)/sphinx-build -W -n docs build/docs $(ARGS)
 
 sanitize: $(READY)
 	tools/sanitize.sh $(ARGS)

@@ -17,6 +17,7 @@ OPTIONAL_PACKAGES = (
     "triton",
     "typer",
     "vllm",
+    "yaml",
 )
 NEEDS_A_FRAMEWORK = {"attach", "calibrate"}
 
