@@ -19,14 +19,12 @@ from pca_attn import pca_attn
 
 from loki_attn import Basis, KeyStats, fit, models, preset
 from loki_attn.evaluate.fidelity import fidelity
-from loki_attn.evaluate.passkey import passkey
 from loki_attn.evaluate.perplexity import perplexity
 from loki_attn.evaluate.protocol import Contender
 from loki_attn.evaluate.results import Row, append_rows, make_row
 from loki_attn.integrations.transformers import TransformersLM
 
 _SKIP_CHARACTERS: Final = 1_000_000
-_PASSKEY_HAYSTACK: Final = "milton"
 
 
 class Evidence:
@@ -232,37 +230,13 @@ def decode(evidence: Evidence) -> Iterator[Row]:
         evidence.lm,
         ids,
         contenders,
-        protocol="decode",
+        how="decode",
         windows=options.windows,
         window_tokens=options.forced,
         prefix_tokens=options.prefix,
         corpus=options.texts,
-        progress=_say,
+        progress=_tell,
     )
-
-
-def needles(evidence: Evidence) -> Iterator[Row]:
-    """Passkey by basis, rank and budget."""
-    options = evidence.options
-    contenders = [Contender(name="dense", policy=preset("dense"))]
-    for k in (int(k) for k in options.top_k.split(",")):
-        contenders += [exact(top_k=k), streaming(top_k=k)]
-        contenders += [
-            loki(evidence, spec, top_k=k, rank=rank)
-            for spec in options.bases.split(",")
-            for rank in (int(r) for r in options.ranks.split(","))
-        ]
-    haystack = (Path(options.corpora) / f"{_PASSKEY_HAYSTACK}.txt").read_text()
-    for length in (int(n) for n in options.lengths.split(",")):
-        yield from passkey(
-            evidence.lm,
-            haystack,
-            contenders,
-            length_tokens=length,
-            trials=options.trials,
-            corpus=_PASSKEY_HAYSTACK,
-            progress=_say,
-        )
 
 
 def _perplexity(evidence: Evidence, contenders: list[Contender]) -> Iterator[Row]:
@@ -271,11 +245,11 @@ def _perplexity(evidence: Evidence, contenders: list[Contender]) -> Iterator[Row
         evidence.lm,
         evidence.ids(options.window, options.windows),
         contenders,
-        protocol="every_query",
+        how="every_query",
         windows=options.windows,
         window_tokens=options.window,
         corpus=options.texts,
-        progress=_say,
+        progress=_tell,
     )
 
 
@@ -296,8 +270,12 @@ def _say(news: str) -> None:
     print(news, flush=True)
 
 
+def _tell(done: int, total: int, news: str) -> None:
+    _say(f"{done}/{total} {news}")
+
+
 _SECTIONS: Final[dict[str, Callable[[Evidence], Iterator[Row]]]] = {
-    f.__name__: f for f in (ranks, ordering, centring, recall, decode, needles)
+    f.__name__: f for f in (ranks, ordering, centring, recall, decode)
 }
 
 
@@ -316,9 +294,6 @@ def main() -> None:
         "ordering_bases": "pca,pca:side=pre,balanced",
         "bases": "pca,balanced,mixed",
         "default_basis": "balanced",
-        "top_k": "64,128,256,512",
-        "ranks": "8,16,32",
-        "lengths": "2048,4096,8192",
     }.items():
         parser.add_argument(f"--{name.replace('_', '-')}", default=default)
     for name, number in {
@@ -326,7 +301,6 @@ def main() -> None:
         "window": 1024,
         "prefix": 4096,
         "forced": 128,
-        "trials": 20,
     }.items():
         parser.add_argument(f"--{name}", type=int, default=number)
     options = parser.parse_args()

@@ -1,11 +1,11 @@
-"""Tests of this folder share the tiny models of the integrations."""
+"""Tests of this folder share `scripted`, beside them, and the tiny models of the integrations."""
 
 import sys
 from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "integrations"))
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "integrations")]
 
 
 @pytest.fixture(scope="module")

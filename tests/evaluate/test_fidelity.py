@@ -9,11 +9,13 @@ import torch
 
 from loki_attn import Budget, Policy, fit
 from loki_attn.errors import BudgetError, InputError
-from loki_attn.evaluate.fidelity import METRICS, fidelity
+from loki_attn.evaluate.fidelity import METRICS, Fidelity, fidelity
+from loki_attn.evaluate.journal import Journal
 from loki_attn.evaluate.protocol import Contender
 from loki_attn.key_stats import KeyStats
 from loki_attn.select.exact_topk import ExactTopK
 from loki_attn.select.loki import Loki
+from loki_attn.statistics import mean_interval
 from loki_attn.types import AttentionCall
 
 HEADS, KV_HEADS, DIM, TOKENS, QUERIES = 4, 2, 16, 40, 7
@@ -29,6 +31,7 @@ class Layers:
         self.num_layers = num_layers
         self.context_tokens = 64
         self.identity = {"id": "layers"}
+        self.dtype = "float32"
 
     @contextmanager
     def observing(self, observer):
@@ -71,7 +74,7 @@ def exact(budget=FEW, **more):
 
 def measure(windows, *contenders, queries=QUERIES, **more):
     lm = Layers(windows, **more)
-    ids = list(range(TOKENS)) * len(lm.windows)
+    ids = list(range(TOKENS * len(lm.windows)))
     return fidelity(
         lm, ids, contenders, windows=len(lm.windows), window_tokens=TOKENS, queries=queries
     )
@@ -223,7 +226,7 @@ def test_a_real_model_is_judged_on_its_full_attention_layers():
     from loki_attn.integrations.transformers import TransformersLM
 
     model = build("Gemma3 (windows)")
-    basis, news = random_basis(model), []
+    basis, seen = random_basis(model), []
     with TransformersLM(model, None) as lm:
         row, other = fidelity(
             lm,
@@ -231,9 +234,56 @@ def test_a_real_model_is_judged_on_its_full_attention_layers():
             [loki(basis), exact()],
             windows=2,
             window_tokens=TOKENS,
-            progress=news.append,
+            progress=lambda *news: seen.append(news),
         )
     assert row.metrics["layers"]["index"] == [1]
     assert row.metrics["exact_mass"] == other.metrics["mass"] > row.metrics["mass"]
     assert (row.basis["kind"], other.basis) == ("random", None)
-    assert news == ["window 1/2", "window 2/2"]
+    assert seen == [
+        (1, 4, "window 1/2  loki"),
+        (2, 4, "window 1/2  exact"),
+        (3, 4, "window 2/2  loki"),
+        (4, 4, "window 2/2  exact"),
+    ]
+
+
+def test_intervals_are_over_queries_and_layers_are_their_means():
+    """Each query's mean over layers and heads is one observation, and stands alone."""
+    seen = [layer(0, seed=1), layer(3, seed=2)]
+    task = Fidelity(ids=tuple(range(TOKENS)), windows=1, window_tokens=TOKENS, queries=QUERIES)
+    lm = Layers([seen])
+    ((_, record),) = task.measure(lm, task.items(lm)[0], [exact()], None)
+    (row,) = measure([seen], exact())
+    for name in METRICS:
+        values = record.values[name]
+        assert len(values) == row.n == QUERIES
+        interval = mean_interval(values)
+        ends = (row.metrics[f"{name}_low"], row.metrics[f"{name}_high"])
+        assert (row.metrics[name], *ends) == (interval.mean, interval.low, interval.high)
+        assert sum(row.metrics["layers"][name]) / 2 == pytest.approx(interval.mean, abs=1e-6)
+    assert row.metrics["mass_low"] < row.metrics["mass"] < row.metrics["mass_high"]
+    assert "resamples of queries" in row.metrics["intervals"]
+
+
+def test_contenders_found_in_a_journal_are_not_judged_again(tmp_path):
+    """The windows are read for the new one only; once all are known, they are not read."""
+    windows, file = [[layer(0, 1)], [layer(0, 2)]], tmp_path / "journal.jsonl"
+    ids = list(range(2 * TOKENS))
+    run = {"windows": 2, "window_tokens": TOKENS, "queries": QUERIES}
+    other = Contender(name="other", policy=Policy(select=ExactTopK(), budget=Budget(top_k=5)))
+    (first,) = fidelity(Layers(windows), ids, [exact()], **run, journal=Journal(file))
+    lm, counts = Layers(windows), []
+    again, _ = fidelity(
+        lm,
+        ids,
+        [exact(), other],
+        **run,
+        journal=Journal(file),
+        progress=lambda *news: counts.append(news),
+    )
+    assert again.metrics == first.metrics
+    assert counts == [(3, 4, "window 1/2  other"), (4, 4, "window 2/2  other")]
+    assert lm.windows == []
+    known = Layers([])
+    rows = fidelity(known, ids, [exact(), other], **run, journal=Journal(file))
+    assert rows[0].metrics == first.metrics

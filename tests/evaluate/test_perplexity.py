@@ -11,18 +11,20 @@ from tiny_models import build, prompts, random_basis
 
 from loki_attn import Budget, Policy
 from loki_attn.errors import InputError, LokiAttnError
+from loki_attn.evaluate.journal import Journal
 from loki_attn.evaluate.perplexity import PROTOCOLS, perplexity
 from loki_attn.evaluate.protocol import Contender
 from loki_attn.policy import preset
 from loki_attn.select.exact_topk import ExactTopK
 from loki_attn.select.loki import Loki
+from loki_attn.statistics import mean_interval
 
 IDS = prompts(1, 400, seed=8)[0].tolist()
 DENSE = Contender(name="dense", policy=preset("dense"))
 FEW = Budget(top_k=6, sinks=1, recents=2)
 EXACT = Contender(name="exact", policy=Policy(select=ExactTopK(), budget=FEW))
-DECODE = {"protocol": "decode", "windows": 2, "window_tokens": 12, "prefix_tokens": 20}
-EVERY_QUERY = {"protocol": "every_query", "windows": 3, "window_tokens": 24}
+DECODE = {"how": "decode", "windows": 2, "window_tokens": 12, "prefix_tokens": 20}
+EVERY_QUERY = {"how": "every_query", "windows": 3, "window_tokens": 24}
 
 
 def stock_nll(windows, span, first):
@@ -54,7 +56,7 @@ def test_dense_is_the_stock_models_cross_entropy(lm, run, span, first):
     assert metrics["kl_to_dense"] == pytest.approx(0, abs=1e-6)
     assert metrics["top1_agreement"] == 1.0
     assert metrics["selecting_calls"] == 0
-    assert row.protocol == f"{run['protocol']}: {PROTOCOLS[run['protocol']]}"
+    assert row.protocol == f"{run['how']}: {PROTOCOLS[run['how']]}"
 
 
 def test_n_counts_scored_tokens(lm):
@@ -84,34 +86,49 @@ def test_decode_steps_are_the_every_query_chunk_after_the_same_prefix(lm, method
     assert float((steps - dense).abs().max()) > 0.05
 
 
-def test_means_and_paired_standard_errors_follow_their_formulas(lm):
-    run = {"protocol": "every_query", "windows": 1, "window_tokens": 40}
+def test_means_and_intervals_follow_their_formulas(lm):
+    """Against distributions in float64, and intervals over blocks of 8 neighbouring tokens."""
+    run = {"how": "every_query", "windows": 2, "window_tokens": 20}
     (row,) = perplexity(lm, IDS, [EXACT], **run)
-    ids = torch.tensor([IDS[:40]])
-    dense = torch.cat(list(lm.extend(None, ids)))[:-1].double()
-    with lm.using(EXACT.policy, None, "every_query"):
-        ours = torch.cat(list(lm.extend(None, ids)))[:-1].double()
-    deltas, kls, agree = [], [], 0
-    for place in range(39):
-        p, q = dense[place].softmax(-1), ours[place].softmax(-1)
-        token = ids[0, place + 1]
-        deltas.append(float(p[token].log() - q[token].log()))
-        kls.append(float((p * (p / q).log()).sum()))
-        agree += int(p.argmax() == q.argmax())
-    for name, values in (("nll_delta", deltas), ("kl_to_dense", kls)):
-        mean = sum(values) / 39
-        spread = math.sqrt(sum((v - mean) ** 2 for v in values) / 38)
-        error = {"nll_delta": "nll_delta_standard_error", "kl_to_dense": "kl_standard_error"}[name]
-        assert row.metrics[name] == pytest.approx(mean, abs=1e-6)
-        assert row.metrics[error] == pytest.approx(spread / math.sqrt(39), abs=1e-6)
+    nll, deltas, kls, agrees = [], [], [], []
+    for first in (0, 20):
+        ids = torch.tensor([IDS[first : first + 20]])
+        dense = torch.cat(list(lm.extend(None, ids)))[:-1].double()
+        with lm.using(EXACT.policy, None, "every_query"):
+            ours = torch.cat(list(lm.extend(None, ids)))[:-1].double()
+        for place in range(19):
+            p, q = dense[place].softmax(-1), ours[place].softmax(-1)
+            token = ids[0, place + 1]
+            nll.append(-float(q[token].log()))
+            deltas.append(float(p[token].log() - q[token].log()))
+            kls.append(float((p * (p / q).log()).sum()))
+            agrees.append(float(p.argmax() == q.argmax()))
+    blocks = [0] * 8 + [1] * 8 + [2] * 3 + [3] * 8 + [4] * 8 + [5] * 3  # none spans two windows
+    wanted = {"nll": nll, "nll_delta": deltas, "kl_to_dense": kls, "top1_agreement": agrees}
+    for name, values in wanted.items():
+        interval = mean_interval(values, blocks)
+        assert row.metrics[name] == pytest.approx(sum(values) / 38, abs=1e-6), name
+        assert row.metrics[f"{name}_low"] == pytest.approx(interval.low, abs=1e-6), name
+        assert row.metrics[f"{name}_high"] == pytest.approx(interval.high, abs=1e-6), name
+        assert interval.low < interval.mean < interval.high
     assert row.metrics["kl_to_dense"] > 0.01
-    assert row.metrics["top1_agreement"] == pytest.approx(agree / 39)
-    assert row.metrics["selecting_calls"] == 2  # once per layer
+    assert row.metrics["selecting_calls"] == 0  # of single tokens
+    assert row.metrics["every_query_calls"] == 2 * 2  # once per layer and window
+    assert "2,000 resamples of 8-token blocks, seed 0" in row.metrics["intervals"]
+
+
+def test_ends_of_the_perplexity_are_those_of_the_loss(lm):
+    for row in perplexity(lm, IDS, [EXACT, DENSE], **DECODE):
+        for end in ("", "_low", "_high"):
+            loss = row.metrics[f"nll{end}"]
+            assert row.metrics[f"perplexity{end}"] == pytest.approx(math.exp(loss), rel=1e-12)
+        assert row.metrics["perplexity_low"] < row.metrics["perplexity"]
+        assert row.metrics["perplexity"] < row.metrics["perplexity_high"]
 
 
 def test_windows_follow_each_other_without_overlap(lm):
     """Two windows together are the two halves of the text, each by itself."""
-    run = {"protocol": "decode", "window_tokens": 12, "prefix_tokens": 20}
+    run = {"how": "decode", "window_tokens": 12, "prefix_tokens": 20}
     (both,) = perplexity(lm, IDS[:64], [EXACT], windows=2, **run)
     alone = [
         perplexity(lm, part, [EXACT], windows=1, **run)[0].metrics["nll_delta"]
@@ -123,7 +140,7 @@ def test_windows_follow_each_other_without_overlap(lm):
 
 def test_share_of_bytes_read(lm):
     """Steps over 20, 21, 22, 23 rows; keys and values 64 bytes each, scoring reads whole keys."""
-    run = {"protocol": "decode", "windows": 1, "window_tokens": 4, "prefix_tokens": 20}
+    run = {"how": "decode", "windows": 1, "window_tokens": 4, "prefix_tokens": 20}
     exact, dense = perplexity(lm, IDS, [EXACT, DENSE], **run)
     held = 20 + 21 + 22 + 23
     assert exact.metrics["read_bytes_share"] == (64 * held + 128 * 4 * 6) / (128 * held)
@@ -159,10 +176,17 @@ def test_a_policy_that_never_acts_is_refused(lm, run, budget):
     ("changes", "message"),
     [
         ({"windows": 13}, "13 windows of 32 tokens need 416 tokens, the text has 400; give more"),
-        ({"prefix_tokens": 250}, "262 tokens per window exceed the model's context of 256"),
-        ({"protocol": "every_query", "window_tokens": 257}, "257 tokens per window exceed"),
+        (
+            {"prefix_tokens": 250, "windows": 1},
+            "262 tokens per window exceed the model's context of 256",
+        ),
+        (
+            {"how": "every_query", "window_tokens": 257, "windows": 1},
+            "257 tokens per window exceed",
+        ),
         ({"prefix_tokens": 0}, "a prefix of at least 2 in protocol 'decode'; got 2 windows of 12"),
         ({"windows": 0}, "got 0 windows"),
+        ({"how": "decoed"}, "Unknown protocol 'decoed'. Did you mean 'decode'\\?"),
         ({"window_tokens": 1}, "a window of at least 2 tokens"),
     ],
 )
@@ -178,9 +202,23 @@ def test_two_contenders_of_one_name_are_refused(lm):
 
 @pytest.mark.parametrize("run", [DECODE, EVERY_QUERY], ids=["decode", "every_query"])
 def test_progress_ends_at_the_whole(lm, run):
-    news, counts = [], []
-    perplexity(lm, IDS, [EXACT, DENSE], **run, progress=news.append, advance=counts.append)
-    assert counts == sorted(counts)
-    assert counts[-1] == run["windows"] * 2 * run["window_tokens"]
-    assert len(news) == run["windows"] * 2
-    assert news[0].startswith(f"window 1/{run['windows']}  exact")
+    seen = []
+    perplexity(lm, IDS, [EXACT, DENSE], **run, progress=lambda *news: seen.append(news))
+    total = run["windows"] * 2
+    assert [news[:2] for news in seen] == [(done + 1, total) for done in range(total)]
+    windows = [f"window {index + 1}/{run['windows']}" for index in range(run["windows"])]
+    names = [f"{window}  {name}" for window in windows for name in ("exact", "dense")]
+    assert [news[2] for news in seen] == names
+
+
+def test_a_journal_keeps_what_was_measured(lm, tmp_path):
+    """The second run measures nothing and finds the same, the third measures one more."""
+    file, counts = tmp_path / "journal.jsonl", []
+    run = {**DECODE, "progress": lambda *news: counts.append(news[:2])}
+    first = perplexity(lm, IDS, [EXACT], **run, journal=Journal(file))
+    again = perplexity(lm, IDS, [EXACT], **run, journal=Journal(file))
+    assert counts == [(1, 2), (2, 2)]
+    assert again[0].metrics == first[0].metrics
+    more = perplexity(lm, IDS, [EXACT], **{**run, "windows": 3}, journal=Journal(file))
+    assert counts[2:] == [(3, 3)]
+    assert more[0].n == 3 * 12

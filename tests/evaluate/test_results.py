@@ -14,7 +14,7 @@ from loki_attn.evaluate.results import append_rows, make_row, read_rows
 from loki_attn.provenance import provenance
 from loki_attn.testing import layer_shape, tiny_basis
 
-LM = SimpleNamespace(identity={"id": "tiny", "hash": "abc", "rope": None})
+LM = SimpleNamespace(identity={"id": "tiny", "hash": "abc", "rope": None}, dtype="float16")
 
 
 def row(name="one", n=3, **more):
@@ -72,15 +72,16 @@ def test_a_row_records_its_policy():
     made = make_row(
         LM,
         Contender(name="label", policy=policy),
-        task="passkey",
+        task="needle",
         protocol="how",
         settings={"seed": 1},
         metrics={"accuracy": 0.5},
         n=2,
     )
-    assert (made.task, made.protocol, made.contender, made.n) == ("passkey", "how", "label", 2)
+    assert (made.task, made.protocol, made.contender, made.n) == ("needle", "how", "label", 2)
     assert (made.settings, made.metrics) == ({"seed": 1}, {"accuracy": 0.5})
-    assert made.model == LM.identity
+    assert made.model == {"id": "tiny", "hash": "abc", "rope": None, "dtype": "float16"}
+    assert "dtype" not in LM.identity
     assert made.policy["budget"]["top_k"] == 99
     assert made.policy["select"]["rank"] == 8
     assert Policy.from_json(json.dumps(made.policy)) == policy

@@ -1,5 +1,7 @@
 """TransformersLM: policies for a block only, caches that do not touch, stock logits."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -8,7 +10,7 @@ pytest.importorskip("transformers")
 from tiny_models import build, prompts, random_basis
 
 from loki_attn import Budget, Policy
-from loki_attn.errors import BasisError, PolicyError
+from loki_attn.errors import BasisError, InputError, PolicyError
 from loki_attn.integrations.transformers import Traffic, TransformersLM
 from loki_attn.integrations.transformers.identity import model_name
 from loki_attn.select.exact_topk import ExactTopK
@@ -167,6 +169,108 @@ def test_what_it_says_of_itself(lm, name):
     assert (lm.context_tokens, lm.head_dim) == (256, 16)
     assert lm.num_layers == {"Llama": 2, "Gemma3 (windows)": 3}[name]
     assert lm.identity["id"] == type(lm.model).__name__
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_its_dtype_is_a_plain_name(dtype):
+    with TransformersLM(build("Llama", dtype=dtype), None) as lm:
+        assert lm.dtype == {torch.float32: "float32", torch.bfloat16: "bfloat16"}[dtype]
+
+
+@pytest.mark.parametrize(
+    ("of_model", "of_tokenizer", "ends"),
+    [
+        ([7, 9], 11, {7, 9, 11}),
+        ([7, 9], 7, {7, 9}),
+        ([7, 9], None, {7, 9}),
+        (7, 11, {7, 11}),
+        (0, None, {0}),
+        (None, 0, {0}),
+        (None, 11, {11}),
+        (None, None, set()),
+    ],
+)
+def test_texts_end_by_the_model_or_the_tokenizer(of_model, of_tokenizer, ends):
+    model = build("Llama")
+    model.generation_config.eos_token_id = of_model
+    with TransformersLM(model, SimpleNamespace(eos_token_id=of_tokenizer)) as lm:
+        assert lm.end_tokens == ends
+        assert all(isinstance(token, int) for token in lm.end_tokens)
+
+
+def test_texts_end_by_the_tokenizer_where_the_model_says_nothing():
+    model = build("Llama")
+    model.generation_config = None
+    with TransformersLM(model, SimpleNamespace(eos_token_id=11)) as lm:
+        assert lm.end_tokens == {11}
+
+
+def test_text_and_tokens_pass_through_the_tokenizer():
+    class Letters:
+        eos_token_id = None
+
+        def __call__(self, text, add_special_tokens, verbose):
+            assert (add_special_tokens, verbose) == (False, False)
+            return SimpleNamespace(input_ids=[ord(letter) for letter in text])
+
+        def decode(self, ids):
+            return "".join(map(chr, ids))
+
+    with TransformersLM(build("Llama"), Letters()) as lm:
+        assert lm.encode("abc") == [97, 98, 99]
+        assert lm.decode([97, 98, 99]) == "abc"
+
+
+def test_switching_changes_when_the_policy_acts_and_counts_on(lm, name):
+    """A chunk selects in "every_query" and not in "decode"; single tokens select in both."""
+    layers = {"Llama": 2, "Gemma3 (windows)": 1}[name]
+    cache = lm.prefill(IDS[:, :15])
+    with lm.using(FEW, mode="every_query"):
+        logits(lm, cache, IDS[:, 15:20])
+        assert (lm.traffic.every_query_calls, lm.traffic.sparse_calls) == (layers, 0)
+        logits(lm, cache, IDS[:, 20:21])
+        lm.switch("decode")
+        logits(lm, cache, IDS[:, 21:22])
+        assert (lm.traffic.every_query_calls, lm.traffic.sparse_calls) == (layers, 2 * layers)
+        logits(lm, cache, IDS[:, 22:25])
+        assert lm.traffic.every_query_calls == layers
+        lm.switch("every_query")
+        logits(lm, cache, IDS[:, 25:30])
+        assert (lm.traffic.every_query_calls, lm.traffic.sparse_calls) == (2 * layers, 2 * layers)
+    assert 0 < lm.traffic.read_bytes < lm.traffic.dense_bytes
+
+
+def test_switching_gives_the_logits_of_the_other_mode(lm, name):
+    def after(mode, switch_to=None):
+        cache = lm.prefill(IDS[:, :20])
+        with lm.using(FEW, mode=mode):
+            if switch_to:
+                lm.switch(switch_to)
+            return logits(lm, cache, IDS[:, 20:])
+
+    every_query, decode = after("every_query"), after("decode")
+    assert float((every_query - decode).abs().max()) > 0.01
+    assert torch.equal(after("decode", "every_query"), every_query)
+    assert torch.equal(after("every_query", "decode"), decode)
+
+
+def test_a_switch_ends_with_its_block(lm, name):
+    with lm.using(FEW):
+        lm.switch("every_query")
+    assert_same(logits(lm, None, IDS), stock(name))
+    with lm.using(FEW):
+        logits(lm, None, IDS)
+        assert lm.traffic.every_query_calls == 0
+
+
+def test_an_unknown_mode_is_refused_and_changes_nothing(lm):
+    with lm.using(FEW, mode="every_query"):
+        with pytest.raises(
+            InputError, match="mode must be 'decode' or 'every_query', got 'decoed'"
+        ):
+            lm.switch("decoed")
+        logits(lm, None, IDS)
+        assert lm.traffic.every_query_calls > 0
 
 
 def test_leaving_it_restores_the_model():

@@ -1,6 +1,7 @@
 """What the selection costs: captured mass, perplexity and divergence, beside two other methods."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from loki_attn import texts
 from loki_attn.demo.continuation import CORPUS
@@ -33,12 +34,12 @@ def measure(stage: Stage, contenders: Sequence[Contender]) -> None:
     _show_fidelity(stage, kept)
     console.print(
         f"Next-token loss: {plan.prefix:,} tokens read densely, then {plan.forced} forced through "
-        "the decode path, one by one (loss and KL in nats, ± one standard error)."
+        "the decode path, one by one (loss and KL in nats, 95 % intervals in brackets)."
     )
     with console.status("reading the prefix") as status:
 
-        def tell(line: str) -> None:
-            news = " ".join(line.split())
+        def tell(done: int, total: int, line: str) -> None:
+            news = f"{done}/{total}: {' '.join(line.split())}"
             status.update(news)
             if not console.is_terminal:
                 note(console, news)
@@ -83,8 +84,8 @@ def _show_perplexity(stage: Stage, rows: Sequence[Row]) -> None:
         table.add_row(
             row.contender,
             f"{found['perplexity']:.3f}",
-            f"{found['nll_delta']:+.3f} ± {found['nll_delta_standard_error']:.3f}",
-            f"{found['kl_to_dense']:.4f} ± {found['kl_standard_error']:.4f}",
+            _with_interval(found, "nll_delta", "+.3f"),
+            _with_interval(found, "kl_to_dense", ".4f"),
             f"{found['top1_agreement']:.1%}",
             f"{found['read_bytes_share']:.1%}",
         )
@@ -94,3 +95,8 @@ def _show_perplexity(stage: Stage, rows: Sequence[Row]) -> None:
         (f"perplexity, {stage.plan.forced} tokens", f"{dense:.3f}", f"{loki['perplexity']:.3f}"),
         ("KL to dense, nats", "0", f"{loki['kl_to_dense']:.4f}"),
     ]
+
+
+def _with_interval(found: Mapping[str, Any], name: str, form: str) -> str:
+    low, high = found[f"{name}_low"], found[f"{name}_high"]
+    return f"{found[name]:{form}} [{low:{form}}, {high:{form}}]"

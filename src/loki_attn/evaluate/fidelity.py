@@ -4,9 +4,9 @@ All contenders see the same queries, keys and values, those of the dense model, 
 be judged one by one.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
-from typing import Any, Final
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Final, final
 
 import torch
 from torch import Tensor
@@ -15,8 +15,12 @@ from loki_attn import attention
 from loki_attn.attention import LayerPolicy
 from loki_attn.cache import LayerCache
 from loki_attn.errors import InputError
-from loki_attn.evaluate.protocol import Contender, LanguageModel, Observation, check_names
-from loki_attn.evaluate.results import Row, make_row
+from loki_attn.evaluate.journal import Journal
+from loki_attn.evaluate.measuring import Progress, measure
+from loki_attn.evaluate.protocol import Contender, LanguageModel, Observation
+from loki_attn.evaluate.results import Row
+from loki_attn.evaluate.summary import summarise
+from loki_attn.evaluate.task import Item, Record
 from loki_attn.kernels import ops
 from loki_attn.policy import preset
 from loki_attn.types import LayerShape
@@ -29,19 +33,15 @@ PROTOCOL: Final = (
 )
 METRICS: Final = ("recall", "mass", "exact_mass", "output_error")
 
-Progress = Callable[[str], None]
-
 
 def fidelity(
     lm: LanguageModel,
     ids: Sequence[int],
     contenders: Sequence[Contender],
     *,
-    windows: int = 2,
-    window_tokens: int = 2048,
-    queries: int = 64,
-    corpus: str = "unnamed",
+    journal: Journal | None = None,
     progress: Progress | None = None,
+    **options: Any,
 ) -> list[Row]:
     """Measure recall of the exact top-k, captured mass and output error per layer.
 
@@ -49,69 +49,130 @@ def fidelity(
         lm: The model.
         ids: Tokens of the text; windows are taken from its start.
         contenders: What to compare.
-        windows: How many windows.
-        window_tokens: Tokens per window.
-        queries: Query positions sampled per window.
-        corpus: Name of the text, for the record.
-        progress: Called with a line of news.
+        journal: Holds what is measured already, and keeps the rest.
+        progress: Called after every contender of a window.
+        options: Fields of `Fidelity`.
 
     Returns:
-        One row per contender; `metrics` holds the means and, under "layers", lists per layer.
+        One row per contender; `metrics` holds the means with intervals over queries and, under
+        "layers", lists per layer.
 
     Raises:
         InputError: If the text is too short, the windows exceed the model's context, or two
             contenders have the same name.
     """
-    check_names(contenders)
-    if window_tokens > lm.context_tokens:
-        raise InputError(
-            f"{window_tokens} tokens per window exceed the model's context of {lm.context_tokens}."
-        )
-    if len(ids) < windows * window_tokens:
-        raise InputError(
-            f"{windows} windows of {window_tokens} tokens need {windows * window_tokens} tokens, "
-            f"the text has {len(ids)}; give more text, fewer or shorter windows."
-        )
-    probe = _Probe(contenders, lm.num_layers, queries, window_tokens)
-    for index in range(windows):
-        window = torch.tensor([ids[index * window_tokens : (index + 1) * window_tokens]])
+    task = Fidelity(ids=tuple(ids), **options)
+    return measure(task, lm, contenders, journal=journal, progress=progress)
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Fidelity:
+    """The task.
+
+    Attributes:
+        ids: Tokens of the text; windows are taken from its start.
+        windows: How many windows.
+        window_tokens: Tokens per window.
+        queries: Query positions sampled per window.
+        corpus: Name of the text, for the record.
+    """
+
+    ids: tuple[int, ...]
+    windows: int = 2
+    window_tokens: int = 2048
+    queries: int = 64
+    corpus: str = "unnamed"
+    name: str = "fidelity"
+    protocol: str = PROTOCOL
+    row_labels: tuple[str, ...] = ()
+    needs_dense: bool = False
+    decodes: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse windows that the text does not fill."""
+        need = self.windows * self.window_tokens
+        if min(self.windows, self.queries) < 1 or self.window_tokens < 2:
+            raise InputError(
+                "Fidelity needs a window of 2 tokens and a query, got "
+                f"{self.windows} windows of {self.window_tokens} tokens, {self.queries} queries."
+            )
+        if len(self.ids) < need:
+            raise InputError(
+                f"{self.windows} windows of {self.window_tokens} tokens need {need} tokens, "
+                f"the text has {len(self.ids)}; give more text, fewer or shorter windows."
+            )
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What defines the run."""
+        return {
+            "corpus": self.corpus,
+            "windows": self.windows,
+            "window_tokens": self.window_tokens,
+            "queries": self.queries,
+        }
+
+    def items(self, lm: LanguageModel) -> list[Item]:
+        """The windows."""
+        if self.window_tokens > lm.context_tokens:
+            raise InputError(
+                f"{self.window_tokens} tokens per window exceed the model's context of "
+                f"{lm.context_tokens}."
+            )
+        size = self.window_tokens
+        return [
+            Item(
+                name=f"window {index + 1}/{self.windows}",
+                content={
+                    "ids": self.ids[index * size : (index + 1) * size],
+                    "queries": self.queries,
+                },
+            )
+            for index in range(self.windows)
+        ]
+
+    def measure(
+        self,
+        lm: LanguageModel,
+        item: Item,
+        contenders: Sequence[Contender],
+        dense: Record | None,
+    ) -> Iterator[tuple[Contender, Record]]:
+        """Judge all contenders in one dense forward."""
+        del dense
+        probe = _Probe(contenders, lm.num_layers, self.queries, self.window_tokens)
         with lm.observing(probe):
-            lm.prefill(window)
-        if progress is not None:
-            progress(f"window {index + 1}/{windows}")
-    settings = {
-        "corpus": corpus,
-        "windows": windows,
-        "window_tokens": window_tokens,
-        "queries": queries,
-    }
-    return [
-        make_row(
-            lm,
-            contender,
-            task="fidelity",
-            protocol=PROTOCOL,
-            settings=settings,
-            metrics=probe.metrics(contender.name),
-            n=windows * probe.queries,
-        )
-        for contender in contenders
-    ]
+            lm.prefill(torch.tensor([item.content["ids"]]))
+        for contender in contenders:
+            yield contender, probe.record(contender.name)
+
+    def metrics(
+        self, items: Sequence[Item], records: Sequence[Record], dense: Sequence[Record] | None
+    ) -> dict[str, Any]:
+        """Means over layers and heads with intervals over queries, and the layers' own means."""
+        del items, dense
+        found = summarise(records, None, block=1, what="queries")
+        tables = [record.notes["layers"] for record in records]
+        layers = {
+            name: torch.tensor([table[name] for table in tables]).double().mean(0).tolist()
+            for name in METRICS
+        }
+        return {**found, "layers": {"index": tables[0]["index"], **layers}}
 
 
 class _Probe:
-    """Judges every contender on what a layer saw, and adds up."""
+    """Judges every contender on what a layer saw."""
 
     def __init__(
         self, contenders: Sequence[Contender], num_layers: int, queries: int, tokens: int
     ) -> None:
         first = tokens // 2
-        self.queries = min(queries, tokens - first)
         self._contenders = contenders
         self._num_layers = num_layers
-        self._rows = torch.linspace(first, tokens - 1, self.queries).long()
-        self._sums: dict[tuple[str, int], Tensor] = {}
-        self._windows: dict[tuple[str, int], int] = {}
+        self._rows = torch.linspace(first, tokens - 1, min(queries, tokens - first)).long()
+        # By contender and layer: [metrics, queries].
+        self._found: dict[str, dict[int, Tensor]] = {c.name: {} for c in contenders}
 
     def __call__(self, seen: Observation) -> None:
         """Judge one layer's forward."""
@@ -127,25 +188,25 @@ class _Probe:
             exact = _choose(query, _exact_twin(contender, layer), seen, visible)
             part = ops().attend_masked(query, seen.key, seen.value, mask, seen.call)
             error = (part.output - whole.output).float().norm(dim=-1)
-            found = torch.stack(
+            self._found[contender.name][seen.layer_index] = torch.stack(
                 [
-                    ((mask & exact).sum(-1) / exact.sum(-1)).mean(),
+                    _mean_over_heads((mask & exact).sum(-1) / exact.sum(-1)),
                     _mass(weights, mask),
                     _mass(weights, exact),
-                    (error / whole.output.float().norm(dim=-1).clamp(min=1e-9)).mean(),
+                    _mean_over_heads(error / whole.output.float().norm(dim=-1).clamp(min=1e-9)),
                 ]
             ).cpu()
-            place = (contender.name, seen.layer_index)
-            self._sums[place] = self._sums.get(place, torch.zeros(len(METRICS))) + found
-            self._windows[place] = self._windows.get(place, 0) + 1
 
-    def metrics(self, name: str) -> dict[str, Any]:
-        """Means over layers, and the layers' own."""
-        layers = sorted(index for contender, index in self._sums if contender == name)
-        table = torch.stack([self._sums[name, i] / self._windows[name, i] for i in layers])
-        means: dict[str, Any] = dict(zip(METRICS, table.mean(0).tolist(), strict=True))
-        per_layer = dict(zip(METRICS, table.T.tolist(), strict=True))
-        return {**means, "layers": {"index": layers, **per_layer}}
+    def record(self, name: str) -> Record:
+        """Every query's mean over layers and heads, and every layer's mean."""
+        layers = dict(sorted(self._found[name].items()))
+        table = torch.stack(list(layers.values())).double()  # [layers, metrics, queries]
+        per_query, per_layer = table.mean(0).tolist(), table.mean(2).T.tolist()
+        return Record(
+            values=dict(zip(METRICS, per_query, strict=True)),
+            every_query_calls=len(layers),
+            notes={"layers": {"index": list(layers), **dict(zip(METRICS, per_layer, strict=True))}},
+        )
 
 
 def _bind(contender: Contender, seen: Observation, num_layers: int) -> LayerPolicy:
@@ -174,7 +235,12 @@ def _choose(query: Tensor, layer: LayerPolicy, seen: Observation, visible: Tenso
 
 
 def _mass(weights: Tensor, mask: Tensor) -> Tensor:
-    """Mean weight on the marked rows; the mask may be per KV head."""
+    """Weight on the marked rows, [queries]; the mask may be per KV head."""
     batch, _, q_len, seq = weights.shape
     grouped = weights.view(batch, mask.shape[1], -1, q_len, seq)
-    return (grouped * mask[:, :, None]).sum(-1).mean()
+    return (grouped * mask[:, :, None]).sum(-1).flatten(0, 2).mean(0)
+
+
+def _mean_over_heads(values: Tensor) -> Tensor:
+    """[batch, heads, queries] -> [queries]."""
+    return values.flatten(0, 1).float().mean(0)

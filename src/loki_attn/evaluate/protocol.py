@@ -56,6 +56,10 @@ class LanguageModel(Protocol):
         """Id, weight hash and RoPE settings, as plain JSON."""
 
     @property
+    def dtype(self) -> str:
+        """Dtype that the model computes in, "bfloat16" say."""
+
+    @property
     def context_tokens(self) -> int:
         """Longest context that the model was trained for, in tokens."""
 
@@ -67,13 +71,23 @@ class LanguageModel(Protocol):
     def traffic(self) -> Traffic:
         """What attention read."""
 
+    @property
+    def end_tokens(self) -> frozenset[int]:
+        """Tokens that end a text."""
+
     def encode(self, text: str) -> list[int]:
         """Tokens of a text, without special tokens."""
+
+    def decode(self, ids: list[int]) -> str:
+        """Text of tokens."""
 
     def using(
         self, policy: Policy | str, basis: Basis | None = None, mode: Mode = "decode"
     ) -> AbstractContextManager[None]:
         """Attend by a policy inside the block."""
+
+    def switch(self, mode: Mode) -> None:
+        """Change when the policy acts, until the block of `using` ends."""
 
     def observing(self, observer: Callable[[Any], None]) -> AbstractContextManager[None]:
         """Call `observer` with an `Observation` per layer and forward inside the block."""

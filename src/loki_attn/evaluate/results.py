@@ -21,15 +21,15 @@ class Row:
     """One result.
 
     Attributes:
-        task: What was measured: "perplexity", "fidelity", "passkey".
+        task: What was measured: "perplexity", "needle", "ruler" and so on.
         protocol: How, in words that leave no doubt.
-        model: The model's identity.
+        model: The model's identity and dtype.
         contender: The policy's label in this comparison.
         policy: The policy as JSON.
         basis: Kind, side and provenance of its basis, or None.
         settings: Numbers that define the run: lengths, windows, seeds, corpus.
         metrics: Numbers measured, units in their names.
-        n: How many items the metrics average over.
+        n: How many observations the metrics average over.
         provenance: Time, commit, versions, machine.
     """
 
@@ -59,7 +59,7 @@ def make_row(
     return Row(
         task=task,
         protocol=protocol,
-        model=lm.identity,
+        model={**lm.identity, "dtype": lm.dtype},
         contender=contender.name,
         policy=json.loads(contender.policy.to_json()),
         basis=_origin(contender),

@@ -145,6 +145,10 @@ class Attachment:
         """When selection acts."""
         return self._shared.mode
 
+    @mode.setter
+    def mode(self, value: Mode) -> None:
+        self._shared.mode = _checked_mode(value)
+
     @property
     def always_select(self) -> bool:
         """Whether steps that would read everything select as well, to check the selection."""

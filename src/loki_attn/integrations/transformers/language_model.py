@@ -50,6 +50,11 @@ class TransformersLM:
         return identity(self.model)
 
     @property
+    def dtype(self) -> str:
+        """Dtype of the model, "bfloat16" say."""
+        return str(self.model.dtype).removeprefix("torch.")
+
+    @property
     def context_tokens(self) -> int:
         """Longest context that the model was trained for, in tokens."""
         return int(self.model.config.get_text_config().max_position_embeddings)
@@ -68,6 +73,14 @@ class TransformersLM:
     def traffic(self) -> Traffic:
         """What attention read."""
         return self._attachment.traffic
+
+    @property
+    def end_tokens(self) -> frozenset[int]:
+        """Tokens that end a text, by the model's generation settings and its tokenizer."""
+        settings = getattr(self.model, "generation_config", None)
+        named = getattr(settings, "eos_token_id", None)
+        ends = named if isinstance(named, list) else [named]
+        return frozenset(t for t in (*ends, self.tokenizer.eos_token_id) if t is not None)
 
     def encode(self, text: str) -> list[int]:
         """Tokens of a text, without special tokens."""
@@ -90,6 +103,10 @@ class TransformersLM:
             yield
         finally:
             self._attachment.use("dense", mode="decode")
+
+    def switch(self, mode: Mode) -> None:
+        """Change when the policy acts, until the block of `using` ends; counts go on."""
+        self._attachment.mode = mode
 
     @contextmanager
     def observing(self, observer: Observer) -> Iterator[None]:
