@@ -9,7 +9,8 @@ import time
 import pytest
 
 from loki_attn import models
-from loki_attn.cli import calibrate, evaluate, options, terminal
+from loki_attn.cli import calibrate, options, terminal
+from loki_attn.cli.evaluate import on_questions, on_text
 from loki_attn.errors import LokiAttnError
 
 COMMANDS = (
@@ -19,7 +20,13 @@ COMMANDS = (
     ["eval"],
     ["eval", "perplexity"],
     ["eval", "fidelity"],
-    ["eval", "passkey"],
+    ["eval", "agreement"],
+    ["eval", "needle"],
+    ["eval", "ruler"],
+    ["eval", "multi-question"],
+    ["eval", "longbench"],
+    ["eval", "sweep"],
+    ["tune"],
     ["report"],
     ["methods"],
     ["doctor"],
@@ -128,23 +135,30 @@ def test_json_has_no_nan(capsys):
 
 
 def test_defaults_are_those_of_the_library():
-    from loki_attn.evaluate import fidelity, passkey, perplexity
+    from loki_attn.evaluate import agreement, fidelity, perplexity, suites
     from loki_attn.integrations.transformers import collect_stats
 
     assert options.DEFAULT_MODEL == models.DEFAULT_MODEL
     pairs = (
         (calibrate.command, collect_stats),
-        (evaluate.perplexity, perplexity.perplexity),
-        (evaluate.fidelity, fidelity.fidelity),
-        (evaluate.passkey, passkey.passkey),
+        (on_text.perplexity, perplexity.Perplexity),
+        (on_text.fidelity, fidelity.Fidelity),
+        (on_text.agreement, agreement.Agreement),
+        (on_questions.needle, suites.needle_task),
+        (on_questions.ruler, suites.ruler_task),
+        (on_questions.multi_question, suites.multi_question_task),
+        (on_questions.longbench, suites.longbench_task),
     )
+    # Not options of a task; and typed texts stand for lists.
+    other = {"model", "policy", "basis", "text", "dtype", "out", "as_json", "path"}
+    other |= {"kinds", "lengths", "depths", "subtasks"}
     for command, function in pairs:
         ours, theirs = (inspect.signature(f).parameters for f in (command, function))
-        shared = {"tokens", "window", "windows", "window_tokens", "prefix_tokens", "queries"}
-        shared |= {"protocol", "trials", "seed"}
         # A terminal is watched: perplexity's windows are fewer and shorter there.
-        shared -= {"windows", "window_tokens"} if command is evaluate.perplexity else set()
-        for name in shared & set(ours) & set(theirs):
+        own = {"windows", "window_tokens"} if command is on_text.perplexity else set()
+        shared = (set(ours) & set(theirs)) - other - own
+        assert shared, command
+        for name in shared:
             assert ours[name].default == theirs[name].default, (command, name)
 
 

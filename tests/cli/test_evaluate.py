@@ -14,13 +14,16 @@ def evaluate(loki, model, bases, tmp_path):
     def run(what, *arguments):
         return loki("eval", what, "-m", model, "--basis", bases["mixed"], "--out", rows, *arguments)
 
-    run.rows = rows
+    def bare(what, *arguments):
+        return loki("eval", what, *arguments, "-m", model, "--out", rows)
+
+    run.rows, run.bare = rows, bare
     return run
 
 
 PERPLEXITY = ("--windows", 2, "--window-tokens", 16, "--prefix-tokens", 64)
 FIDELITY = ("--windows", 1, "--window-tokens", 64, "--queries", 4)
-PASSKEY = ("--trials", 2, "--length", 400)
+NEEDLE = ("--lengths", 400, "--depths", "0,1", "--per-depth", 1)
 
 
 def test_perplexity(evaluate):
@@ -61,13 +64,62 @@ def test_fidelity(evaluate, bases):
     assert len(evaluate.rows.read_text().splitlines()) == 3
 
 
-def test_passkey(evaluate):
-    done = evaluate("passkey", "-p", "dense", "-p", "loki:top_k=64", *PASSKEY)
-    assert "keys found" in done.stdout
-    assert "trial 2/2" in done.stderr
-    rows = evaluate("passkey", "-p", "dense", *PASSKEY, "--json").json
-    assert rows[0]["settings"]["length_tokens"] == 400
-    assert rows[0]["n"] == 2
+def test_needle(evaluate):
+    done = evaluate("needle", "-p", "loki:top_k=64,dense_below=0", *NEEDLE)
+    assert "score" in done.stdout
+    assert "needle" in done.stderr
+    dense, loki = map(json.loads, evaluate.rows.read_text().splitlines())
+    assert (dense["contender"], loki["contender"]) == ("dense", "loki:top_k=64,dense_below=0")
+    assert loki["settings"]["length_tokens"] == 400
+    assert loki["metrics"]["selecting_calls"] > 0
+    assert [cell["depth"] for cell in loki["metrics"]["by_depth"]] == [0.0, 1.0]
+    assert loki["n"] == 2
+    assert {"score", "score_low", "score_high", "score_delta_low"} <= set(loki["metrics"])
+
+
+def test_ruler(evaluate):
+    options = ("--subtasks", "niah_single_1,fwe", "--lengths", 500, "--count", 2)
+    rows = evaluate("ruler", "-p", "streaming-llm:top_k=64", *options, "--json").json
+    found = [(row["contender"], row["settings"]["subtask"]) for row in rows]
+    sparse = "streaming-llm:top_k=64"
+    assert found == [
+        ("dense", "niah_single_1"),
+        ("dense", "fwe"),
+        (sparse, "niah_single_1"),
+        (sparse, "fwe"),
+    ]
+    assert all(row["metrics"]["selecting_calls"] > 0 for row in rows[2:])
+
+
+def test_multi_question(evaluate):
+    options = ("--lengths", 600, "--count", 2, "--questions", 2, "--seen", "before")
+    rows = evaluate("multi-question", "-p", "exact-topk:top_k=80", *options, "--json").json
+    assert [row["n"] for row in rows] == [4, 4]
+    assert "in sight of each other" in rows[0]["protocol"]
+
+
+def test_agreement(evaluate):
+    options = ("--prompts", 2, "--prompt-tokens", 64, "--new-tokens", 6)
+    rows = evaluate("agreement", "-p", "exact-topk:top_k=8,recents=2,min_k=1", *options, "--json")
+    dense, sparse = rows.json
+    assert dense["metrics"]["identical"] == 1.0
+    assert 0 <= sparse["metrics"]["shared_tokens"] <= 6
+
+
+def test_longbench(evaluate, write):
+    sample = {
+        "input": "Who kept the light?",
+        "context": "Ellen kept the light. " * 20,
+        "answers": ["Ellen"],
+        "length": 80,
+        "dataset": "hotpotqa",
+        "language": "en",
+        "all_classes": None,
+        "_id": "1",
+    }
+    path = write("hotpotqa.jsonl", json.dumps(sample) + "\n")
+    rows = evaluate.bare("longbench", path, "-p", "streaming-llm:top_k=64", "--json")
+    assert [row["settings"]["subtask"] for row in rows.json] == ["hotpotqa"] * 2
 
 
 def test_loki_is_the_default_policy_and_a_text_the_users(evaluate, write):
@@ -87,8 +139,11 @@ def test_loki_is_the_default_policy_and_a_text_the_users(evaluate, write):
         (["perplexity", *PERPLEXITY], "loki never selected anything"),
         (["fidelity"], "exceed the model's context of 1024"),
         (["fidelity", "--windows", 9999, "--window-tokens", 64], "give more text, fewer or"),
-        (["passkey"], "2048 tokens exceed the model's context of 1024"),
-        (["passkey", "--length", 100], "needs a haystack of more than"),
+        (["needle"], "4096 tokens exceed the model's context of 1024"),
+        (["needle", "--lengths", "2,x"], "--lengths takes numbers separated by commas, got '2,x'"),
+        (["needle", "--kinds", "nmber", "--lengths", 400], "Did you mean 'number'?"),
+        (["needle", "--lengths", "9000"], "9000 tokens exceed the model's context of 1024"),
+        (["ruler", "--subtasks", "niah", "--lengths", 400], "RULER task 'niah'"),
         (["fidelity", "--text", "none.txt"], "No text file at 'none.txt'"),
     ],
 )
@@ -98,7 +153,7 @@ def test_refusals_write_no_rows(evaluate, arguments, message):
 
 
 def test_an_interrupt_writes_no_rows(evaluate, monkeypatch):
-    from loki_attn.cli import evaluate as command
+    from loki_attn.cli.evaluate import measuring as command
 
     def interrupted(*_):
         raise KeyboardInterrupt

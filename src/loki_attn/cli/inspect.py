@@ -19,23 +19,34 @@ _BALANCED: Final = ("balanced", "mixed")
 
 def command(
     basis: Annotated[Path, typer.Argument(help="A basis file.", metavar="BASIS")],
+    rows: Annotated[
+        Path | None,
+        typer.Option(help="JSON-lines file that the spectrum is added to, for `report`."),
+    ] = None,
     as_json: options.Json = False,
 ) -> None:
     """Show how many columns of a basis matter, layer by layer, and where it comes from."""
     from loki_attn.basis import Basis
 
-    found = _measure(Basis.load(basis))
+    loaded = Basis.load(basis)
+    found = _measure(loaded)
+    if rows is not None:
+        from loki_attn.evaluate.results import append_rows
+        from loki_attn.evaluate.spectrum import spectrum
+
+        append_rows(rows, [spectrum(loaded)])
+        terminal.say(f"1 row added to {rows}")
     if as_json:
         terminal.emit({"basis": str(basis), **found})
         return
     size, kind = found["head_dim"], found["kind"]
     of = "mean-square score" if kind in _BALANCED else "key variance"
-    rows = [_cells(str(row["layer"]), row, size) for row in found["layers"]]
+    cells = [_cells(str(row["layer"]), row, size) for row in found["layers"]]
     terminal.table(
         f"{kind} basis, {found['num_kv_heads']} KV heads of {size} per layer, {found['side']}-RoPE "
         "keys",
         ["layer", *(f"rank at {share} %" for share in _SHARES)],
-        [*rows, _cells("mean", found["mean"], size)],
+        [*cells, _cells("mean", found["mean"], size)],
         note=f"rank at p %: columns that hold p % of the {of}, mean over the KV heads",
     )
     for name, value in _origin(found["provenance"]):

@@ -104,25 +104,32 @@ def label(spec: str) -> str:
 def find_basis(policy: "Policy", model: str, given: Path | None) -> "tuple[Path, Basis] | None":
     """Load the basis that a policy needs: the given one, or the cached one of this model.
 
+    Args:
+        policy: The policy.
+        model: Name of the model.
+        given: A file, or a kind of basis as a path without a folder, whose cached file is meant.
+
     Returns:
         The file and the basis, or None where the method needs none.
 
     Raises:
         BasisError: If there is none, or it cannot be read.
     """
-    from loki_attn.basis import Basis
+    from loki_attn.basis import Basis, BasisKind
     from loki_attn.models import basis_path
     from loki_attn.select.loki import Loki
 
     if not policy.select.needs_basis:
         return None
-    if given is not None:
-        return given, Basis.load(given)
     match policy.select:
         case Loki(layout="rotated"):
             kinds = _ORTHOGONAL_KINDS
         case _:
             kinds = _KINDS
+    if given is not None and str(given) in get_args(BasisKind) and not given.is_file():
+        kinds = (str(given),)
+    elif given is not None:
+        return given, Basis.load(given)
     for kind in kinds:
         path = basis_path(model, kind)
         if path.is_file():

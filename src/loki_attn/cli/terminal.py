@@ -3,10 +3,10 @@
 import json
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, Final, final
+from typing import Any, Final, Protocol, final
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -22,10 +22,14 @@ from rich.progress import (
 from rich.table import Column, Table
 from rich.text import Text
 
-Advance = Callable[[int, str], None]
-"""Called with the work done so far and a line of news, which may be empty."""
-
 _WIDTH_WITHOUT_TERMINAL: Final = 120
+
+
+class Advance(Protocol):
+    """Called with the work done so far, a line of news, which may be empty, and a new total."""
+
+    def __call__(self, done: int, news: str = "", total: int | None = None) -> None:
+        """Show it."""
 
 
 def stdout() -> Console:
@@ -106,8 +110,8 @@ def progress(description: str, total: int, unit: str, start: int = 0) -> Iterato
     with Progress(*columns, console=stderr()) as bar:
         task = bar.add_task(description, total=total, completed=start, news="")
 
-        def advance(done: int, news: str = "") -> None:
-            bar.update(task, completed=done, news=escape(news))
+        def advance(done: int, news: str = "", total: int | None = None) -> None:
+            bar.update(task, completed=done, news=escape(news), total=total)
 
         yield advance
 
