@@ -341,6 +341,32 @@ def test_ranks_have_two_tables_and_a_figure_per_layer(tmp_path):
     assert "Settings: tokens 99. In every row: n 10." in page
 
 
+def test_stated_intervals_are_printed_instead_of_their_ends(tmp_path):
+    rows = [
+        make_row("needle", name, score=score, score_low=score - 0.1, score_high=score + 0.1)
+        for name, score in (("loki", 0.5), ("streaming", 0.25))
+    ]
+    (table, *_) = tables(write_markdown(rows, tmp_path / "page.md").read_text())
+    assert table[0] == ["contender", "score"]
+    assert [line[1] for line in table[2:]] == ["0.5 (0.4 to 0.6)", "0.25 (0.15 to 0.35)"]
+
+
+def test_rows_of_the_bench_have_a_table(tmp_path):
+    row = {
+        "task": "bench decode",
+        "contender": "sdpa-hf",
+        "shape": "small",
+        "context": 1024,
+        "kind": "torch",
+        "median_us": 12.5,
+        "samples": 30,
+        "provenance": ALL[0]["provenance"],
+    }
+    page = write_markdown([row], tmp_path / "page.md").read_text()
+    assert "## A decode step, timed (small)" in page
+    assert "| sdpa-hf | - | 12.5 | 30 |" in page
+
+
 def test_unknown_tasks_show_all_their_numbers(tmp_path):
     page = write_markdown([make_row("speed", seconds=1.25, note="x")], tmp_path / "page.md")
     assert "| loki | top_k=64 | 1.25 | x | 10 |" in page.read_text()

@@ -1,24 +1,28 @@
-"""Report: measured rows become a Markdown page with tables and figures. No model is ever run here.
+"""Report: measured rows become a page or a table. No model is ever run here.
 
 rows --check--> sections (one task, model and protocol each) --tables, figures--> page
 """
 
-import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from loki_attn.errors import InputError
 from loki_attn.report.figures import draw
+from loki_attn.report.files import write_whole
+from loki_attn.report.forms import unify
+from loki_attn.report.page import write_html
 from loki_attn.report.rows import Section, sections
 from loki_attn.report.tables import figure_block, origin_block, section_block
+from loki_attn.report.tidy import write_csv
 
-__all__ = ["Section", "sections", "write_markdown"]
+__all__ = ["Section", "sections", "write_csv", "write_html", "write_markdown"]
 
 _INTRODUCTION = (
     "Every figure on this page was measured; the last section says with what and where. "
     "**Bold** marks the best of the sparse policies in its group; dense attention is the "
-    "reference. ± is one standard error of the mean, n the number of items behind a row."
+    "reference. ± is one standard error of the mean, brackets hold a 95 % interval, n is the "
+    "number of items behind a row."
 )
 
 
@@ -35,7 +39,7 @@ def write_markdown(
     The page and every figure are replaced whole: an interrupt leaves the old ones.
 
     Args:
-        rows: Rows as `loki_attn.evaluate.results` writes them.
+        rows: Rows as `loki_attn.evaluate.results` or the bench write them.
         out: The page, a `.md` file; an existing folder gets a `report.md`.
         figures: Whether to draw; needs matplotlib.
         title: The page's first heading.
@@ -48,7 +52,7 @@ def write_markdown(
         InputError: If there are no rows, a row lacks something (the text says which and what),
             matplotlib is missing or the page cannot be written.
     """
-    found = sections(rows)
+    found = sections(unify(rows))
     page = out / "report.md" if out.is_dir() else out
     if page.suffix != ".md":
         raise InputError(f"The page is a Markdown file; got {str(out)!r}, expected a name in .md.")
@@ -59,7 +63,7 @@ def write_markdown(
             if figures:
                 parts += _draw(section, number, page)
         parts.append(origin_block(found))
-        _write_whole(page, ("\n\n".join(part for part in parts if part) + "\n").encode())
+        write_whole(page, ("\n\n".join(part for part in parts if part) + "\n").encode())
     except OSError as error:
         raise InputError(f"Cannot write {str(page)!r}: {error.strerror or error}.") from error
     return page
@@ -69,17 +73,6 @@ def _draw(section: Section, number: int, page: Path) -> list[str]:
     blocks = []
     for figure in draw(section):
         file = page.with_suffix("") / f"{number}-{figure.name}.png"
-        _write_whole(file, figure.png)
+        write_whole(file, figure.png)
         blocks.append(figure_block(figure, file.relative_to(page.parent).as_posix()))
     return blocks
-
-
-def _write_whole(path: Path, data: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # The same folder, because a rename is atomic only inside one file system.
-    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        partial.write_bytes(data)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from typing import Final, final
 
 from loki_attn.report.canvas import apply_scale, canvas, look, png, stem
+from loki_attn.report.origin import MISSING
 from loki_attn.report.rows import series_name
-from loki_attn.report.tables import MISSING, Best, FigureFile, written
+from loki_attn.report.tables import Best, FigureFile, written
 from loki_attn.report.words import alt_text, extremes
 
 _FEW: Final = 8

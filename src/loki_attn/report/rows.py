@@ -33,6 +33,8 @@ AMOUNTS: Final = ("top_k", "fraction", "mass")
 _BUDGET_TOKEN: Final = re.compile(
     r"(?<!\w)(?:top_k|fraction|mass|k)=\d+(?:\.\d*)?(?:e[+-]?\d+)?(?:[\s,]+|$)"
 )
+# Settings whose values tell by themselves what they are.
+_SELF_EVIDENT: Final = {"corpus", "dataset", "kind", "mode", "subtask"}
 _NOUNS: Final = {str: "a text", int: "a whole number", Mapping: "an object"}
 
 
@@ -110,6 +112,35 @@ def by_setting(section: Section) -> list[Section]:
     return [_section(*place, rows) for rows in groups.values()]
 
 
+def labels_of(rows: Sequence[_Row]) -> list[str]:
+    """A name for each row's contender; where two go by one name, what tells them apart is added."""
+    identities: dict[str, set[str]] = {}
+    for row in rows:
+        identities.setdefault(row["contender"], set()).add(_identity(row))
+    return [
+        row["contender"]
+        if len(identities[row["contender"]]) == 1
+        else f"{row['contender']} ({_identity(row)})"
+        for row in rows
+    ]
+
+
+def differing(row: _Row, names: Iterable[str]) -> str:
+    """Some of a row's settings, in words."""
+    return ", ".join(
+        _setting_in_words(name, row["settings"][name])
+        for name in names
+        if row["settings"].get(name) is not None
+    )
+
+
+def apart(groups: Iterable[Sequence[_Row]]) -> tuple[str, ...]:
+    """Names of the settings by which groups of rows differ, each group being of one setting."""
+    firsts = [group[0]["settings"] for group in groups]
+    names = dict.fromkeys(name for settings in firsts for name in settings)
+    return tuple(n for n in names if len({_spelt(settings.get(n)) for settings in firsts}) > 1)
+
+
 def _section(task: str, model: str, protocol: str, rows: Sequence[_Row]) -> Section:
     newest: dict[str, _Row] = {}
     for row in rows:
@@ -129,6 +160,24 @@ def _section(task: str, model: str, protocol: str, rows: Sequence[_Row]) -> Sect
         varying=varying,
         superseded=len(rows) - len(kept),
     )
+
+
+def _identity(row: _Row) -> str:
+    said = [f"{name}={amount}" for name, amount in amounts(row).items()]
+    kind = basis_kind(row)
+    return ", ".join([*said, *([f"{kind} basis"] if kind else [])])
+
+
+def _setting_in_words(name: str, value: object) -> str:
+    if isinstance(value, int) and not isinstance(value, bool):
+        said = f"{value:,}"
+        if name.endswith("_tokens"):
+            # "4,096 tokens" rather than "length tokens 4,096".
+            kind = name.removesuffix("_tokens").replace("_", " ")
+            return f"{said} tokens" if kind == "length" else f"{said} {kind} tokens"
+        return f"{name.replace('_', ' ')} {said}"
+    said = str(value).replace(",", ", ")
+    return said if name in _SELF_EVIDENT else f"{name.replace('_', ' ')} {said}"
 
 
 def _time(row: _Row) -> str:

@@ -1,16 +1,16 @@
 """Markdown: tables of rows, figures with their data, and where the figures come from."""
 
-import json
 import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal, final
 
+from loki_attn.report.intervals import STATED, estimate, measured_names
+from loki_attn.report.origin import MISSING, basis_text, facts, policy_text
 from loki_attn.report.rows import Section, amounts, is_dense
 
 Best = Literal["low", "high"] | None
-MISSING: Final = "-"
 
 
 @final
@@ -100,7 +100,7 @@ _WITHOUT_BUDGET: Final = {"calibration", "ranks"}
 _SIDES: Final = {"post": "after RoPE", "pre": "before RoPE"}
 _RANK: Final = re.compile(r"rank(\d+)_(post|pre)(_uncentred)?")
 _VARIANCE: Final = re.compile(r"variance_quarter_(post|pre)_on_(.+)")
-_TITLES: Final = {
+TITLES: Final = {
     "perplexity": "Perplexity and divergence from dense",
     "fidelity": "What the selection keeps of dense attention",
     "passkey": "Passkey",
@@ -108,6 +108,16 @@ _TITLES: Final = {
     "ranks": "Rank of the keys, before and after RoPE",
     "generation": "Generation",
     "quiz": "Question",
+    "needle": "Needles",
+    "ruler": "RULER",
+    "longbench": "LongBench",
+    "multi-question": "Several questions on one text",
+    "agreement": "Agreement with dense generation",
+    "lm-eval": "lm-evaluation-harness",
+    "spectrum": "Spectra of the keys",
+    "tune": "What tuning tried",
+    "bench decode": "A decode step, timed",
+    "bench generate": "Generation, timed",
 }
 
 
@@ -123,7 +133,7 @@ def section_block(section: Section) -> str:
             blocks += [caption, table(header, body)]
     if section.superseded:
         blocks.append(f"{section.superseded} older rows of the same runs are left out.")
-    title = f"## {_TITLES.get(section.task, section.task.capitalize())} ({cell(section.model)})"
+    title = f"## {TITLES.get(section.task, section.task.capitalize())} ({cell(section.model)})"
     return "\n\n".join(part for part in (title, _conditions(section, same), *blocks) if part)
 
 
@@ -139,26 +149,14 @@ def figure_block(figure: FigureFile, link: str) -> str:
 def origin_block(found: Sequence[Section]) -> str:
     """What the figures were measured with, and where."""
     rows = [row for section in found for row in section.rows]
-    origins = [row["provenance"] for row in rows]
-    models = {}
-    for row in rows:
-        models[str(row["model"].get("id"))] = str(row["model"].get("hash") or "unknown")[:12]
-    times = sorted(str(o["time"]) for o in origins if o.get("time"))
-    facts = {
-        "model": [f"{name} (weights {digest})" for name, digest in models.items()],
-        "commit": _distinct(origins, "commit"),
-        "versions": [_versions(o) for o in origins],
-        "machine": [_machine(o) for o in origins],
-        "threads": _distinct(origins, "threads"),
-        "time": [times[0] if times[0] == times[-1] else f"{times[0]} to {times[-1]}"]
-        if times
-        else [],
-    }
-    lines = (
-        (name, "; ".join(dict.fromkeys(values)) or "unknown") for name, values in facts.items()
+    known = facts(rows)
+    lines = [(name, "; ".join(values) or "unknown") for name, values in known.items()]
+    parts = ["## Where the figures come from", table(("what", "value"), lines)]
+    policies = dict.fromkeys(
+        (r["contender"], f"`{policy_text(r)}`", basis_text(r.get("basis")))
+        for r in rows
+        if r["task"] not in _WITHOUT_BUDGET and r["policy"]
     )
-    parts = ["## Where the figures come from", table(("what", "value"), list(lines))]
-    policies = dict.fromkeys(_policy(r) for r in rows if r["task"] not in _WITHOUT_BUDGET)
     if policies:
         parts.append(table(("contender", "policy", "basis"), list(policies)))
     return "\n\n".join(parts)
@@ -267,6 +265,10 @@ def _value(row: Mapping[str, Any], column: _Column) -> str:
 
 
 def _with_error(row: Mapping[str, Any], column: _Column, text: str) -> str:
+    found = estimate(row, column.metric)
+    if found is not None and found.how == STATED:
+        low, high = (format(end * column.scale, column.form) for end in (found.low, found.high))
+        return f"{text} ({low} to {high})"
     error = None if column.error is None else error_of(row, column.error)
     return text if error is None else f"{text} ± {format(error, column.form.lstrip('+'))}"
 
@@ -305,34 +307,6 @@ def _any_columns(section: Section) -> tuple[_Column, ...]:
         name
         for row in section.rows
         for name, value in row["metrics"].items()
-        if isinstance(value, int | float | str) and not isinstance(value, bool)
+        if name in measured_names(row) or (isinstance(value, str) and name != "intervals")
     )
     return tuple(_Column(head=n.replace("_", " "), metric=n, form=".4g") for n in names)
-
-
-def _distinct(origins: Sequence[Mapping[str, Any]], name: str) -> list[str]:
-    return [str(o[name]) for o in origins if o.get(name) is not None]
-
-
-def _versions(origin: Mapping[str, Any]) -> str:
-    versions = origin.get("versions")
-    known = dict(versions) if isinstance(versions, Mapping) else {}
-    parts = [f"{name} {version}" for name, version in known.items() if version]
-    return ", ".join([*parts, f"Python {origin.get('python', 'unknown')}"])
-
-
-def _policy(row: Mapping[str, Any]) -> tuple[str, str, str]:
-    policy = {name: value for name, value in row["policy"].items() if name != "name"}
-    return row["contender"], f"`{json.dumps(policy, sort_keys=True)}`", _basis(row.get("basis"))
-
-
-def _basis(basis: object) -> str:
-    if not isinstance(basis, Mapping):
-        return MISSING
-    corpus = basis.get("corpus")
-    named = f" of {corpus.get('name')}" if isinstance(corpus, Mapping) else ""
-    return f"{basis.get('kind')}, {basis.get('tokens', 'unknown')} tokens{named}"
-
-
-def _machine(origin: Mapping[str, Any]) -> str:
-    return ", ".join(str(origin[n]) for n in ("processor", "machine") if origin.get(n)) or "unknown"
