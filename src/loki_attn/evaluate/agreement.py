@@ -13,6 +13,7 @@ from loki_attn.evaluate.measuring import is_dense
 from loki_attn.evaluate.protocol import Contender, LanguageModel
 from loki_attn.evaluate.summary import summarise, traffic_of
 from loki_attn.evaluate.task import Item, Record
+from loki_attn.evaluate.windows import cut, require_text
 
 PROTOCOL: Final = (
     "a prompt is read densely and continued greedily through the decode path, freely, by dense "
@@ -53,12 +54,7 @@ class Agreement:
                 "Agreement needs a prompt of at least 2 tokens and 2 new tokens, got "
                 f"{self.prompts} prompts of {self.prompt_tokens} tokens, {self.new_tokens} new."
             )
-        need = self.prompts * self.prompt_tokens
-        if len(self.ids) < need:
-            raise InputError(
-                f"{self.prompts} prompts of {self.prompt_tokens} tokens need {need} tokens, the "
-                f"text has {len(self.ids)}; give more text, fewer or shorter prompts."
-            )
+        require_text(self.ids, self.prompts, self.prompt_tokens, "prompt")
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -77,17 +73,8 @@ class Agreement:
                 f"Prompt and continuation take {whole} tokens, the model's context is "
                 f"{lm.context_tokens}."
             )
-        size = self.prompt_tokens
-        return [
-            Item(
-                name=f"prompt {index + 1}/{self.prompts}",
-                content={
-                    "ids": self.ids[index * size : (index + 1) * size],
-                    "new_tokens": self.new_tokens,
-                },
-            )
-            for index in range(self.prompts)
-        ]
+        content = {"new_tokens": self.new_tokens}
+        return cut(self.ids, self.prompts, self.prompt_tokens, "prompt", content)
 
     def measure(
         self,

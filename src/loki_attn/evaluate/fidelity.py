@@ -21,6 +21,7 @@ from loki_attn.evaluate.protocol import Contender, LanguageModel, Observation
 from loki_attn.evaluate.results import Row
 from loki_attn.evaluate.summary import summarise
 from loki_attn.evaluate.task import Item, Record
+from loki_attn.evaluate.windows import cut, require_text
 from loki_attn.kernels import ops
 from loki_attn.policy import preset
 from loki_attn.types import LayerShape
@@ -91,17 +92,12 @@ class Fidelity:
 
     def __post_init__(self) -> None:
         """Refuse windows that the text does not fill."""
-        need = self.windows * self.window_tokens
         if min(self.windows, self.queries) < 1 or self.window_tokens < 2:
             raise InputError(
                 "Fidelity needs a window of 2 tokens and a query, got "
                 f"{self.windows} windows of {self.window_tokens} tokens, {self.queries} queries."
             )
-        if len(self.ids) < need:
-            raise InputError(
-                f"{self.windows} windows of {self.window_tokens} tokens need {need} tokens, "
-                f"the text has {len(self.ids)}; give more text, fewer or shorter windows."
-            )
+        require_text(self.ids, self.windows, self.window_tokens, "window")
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -120,17 +116,8 @@ class Fidelity:
                 f"{self.window_tokens} tokens per window exceed the model's context of "
                 f"{lm.context_tokens}."
             )
-        size = self.window_tokens
-        return [
-            Item(
-                name=f"window {index + 1}/{self.windows}",
-                content={
-                    "ids": self.ids[index * size : (index + 1) * size],
-                    "queries": self.queries,
-                },
-            )
-            for index in range(self.windows)
-        ]
+        content = {"queries": self.queries}
+        return cut(self.ids, self.windows, self.window_tokens, "window", content)
 
     def measure(
         self,

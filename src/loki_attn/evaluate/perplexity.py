@@ -16,6 +16,7 @@ from loki_attn.evaluate.protocol import Contender, LanguageModel
 from loki_attn.evaluate.results import Row
 from loki_attn.evaluate.summary import flatten, spelt, summarise, traffic_of
 from loki_attn.evaluate.task import Item, Record
+from loki_attn.evaluate.windows import cut, require_text
 from loki_attn.statistics import paired_interval
 
 Protocol = Literal["every_query", "decode"]
@@ -100,11 +101,7 @@ class Perplexity:
                 f"protocol 'decode'; got {self.windows} windows of {self.window_tokens} tokens, "
                 f"prefix {self.prefix_tokens}."
             )
-        if len(self.ids) < self.windows * self._span:
-            raise InputError(
-                f"{self.windows} windows of {self._span} tokens need {self.windows * self._span} "
-                f"tokens, the text has {len(self.ids)}; give more text, fewer or shorter windows."
-            )
+        require_text(self.ids, self.windows, self._span, "window")
 
     @property
     def protocol(self) -> str:
@@ -127,16 +124,8 @@ class Perplexity:
             raise InputError(
                 f"{self._span} tokens per window exceed the model's context of {lm.context_tokens}."
             )
-        return [
-            Item(
-                name=f"window {index + 1}/{self.windows}",
-                content={
-                    "prefix_tokens": self._before,
-                    "ids": self.ids[index * self._span : (index + 1) * self._span],
-                },
-            )
-            for index in range(self.windows)
-        ]
+        content = {"prefix_tokens": self._before}
+        return cut(self.ids, self.windows, self._span, "window", content)
 
     def measure(
         self,
