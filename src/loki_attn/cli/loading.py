@@ -6,16 +6,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, get_args
 
 from loki_attn.cli import terminal
-from loki_attn.errors import BasisError, InputError, unknown_name
+from loki_attn.errors import InputError, unknown_name
 
 if TYPE_CHECKING:
     from loki_attn.basis import Basis
     from loki_attn.policy import Policy
 
 _DTYPES: Final = ("auto", "float32", "bfloat16", "float16")
-# Which cached basis is looked for, the best first.
-_KINDS: Final[tuple[str, ...]] = ("mixed", "balanced", "pca")
-_ORTHOGONAL_KINDS: Final[tuple[str, ...]] = ("pca",)
 _BASIS_FIELD: Final = re.compile(r"([:,]basis=)([^,]+)")
 # Commas inside brackets belong to a list, as in dense_layers=[0,1].
 _BETWEEN_FIELDS: Final = re.compile(r",(?![^\[]*\])")
@@ -115,30 +112,9 @@ def find_basis(policy: "Policy", model: str, given: Path | None) -> "tuple[Path,
     Raises:
         BasisError: If there is none, or it cannot be read.
     """
-    from loki_attn.basis import Basis, BasisKind
-    from loki_attn.models import basis_path
-    from loki_attn.select.loki import Loki
+    from loki_attn.models.bases import find_basis as find
 
-    if not policy.select.needs_basis:
-        return None
-    match policy.select:
-        case Loki(layout="rotated"):
-            kinds = _ORTHOGONAL_KINDS
-        case _:
-            kinds = _KINDS
-    if given is not None and str(given) in get_args(BasisKind) and not given.is_file():
-        kinds = (str(given),)
-    elif given is not None:
-        return given, Basis.load(given)
-    for kind in kinds:
-        path = basis_path(model, kind)
-        if path.is_file():
-            return path, Basis.load(path)
-    wish = "" if kinds[0] == "mixed" else f" --kind {kinds[0]}"
-    raise BasisError(
-        f"Policy {policy.name!r} needs a basis and there is none of {model!r} yet; run "
-        f"`loki-attn calibrate --model {model}{wish}` once, or give --basis FILE."
-    )
+    return find(policy, model, given)
 
 
 def _value(text: str) -> Any:

@@ -10,14 +10,11 @@ from lm_eval.models.huggingface import HFLM
 
 from loki_attn.basis import Basis
 from loki_attn.budget import Budget
-from loki_attn.errors import BasisError, InputError, unknown_name
-from loki_attn.models import basis_path
+from loki_attn.errors import InputError, unknown_name
+from loki_attn.models import bases
 from loki_attn.policy import Policy, methods
-from loki_attn.select.loki import Loki
 
 OWN: Final = frozenset({"policy", "basis", "mode", "prefix_tokens"})
-# Which cached basis is looked for, the best first.
-_KINDS: Final = ("mixed", "balanced", "pca")
 
 
 def split(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -70,26 +67,10 @@ def find_basis(policy: Policy, given: Basis | str | Path | None, model: str) -> 
     Raises:
         BasisError: If there is none, or it cannot be read.
     """
-    if not policy.select.needs_basis:
-        return None
     if isinstance(given, Basis):
-        return given
-    if given is not None:
-        return Basis.load(given)
-    match policy.select:
-        case Loki(layout="rotated"):
-            kinds: tuple[str, ...] = ("pca",)
-        case _:
-            kinds = _KINDS
-    for kind in kinds if model else ():
-        path = basis_path(model, kind)
-        if path.is_file():
-            return Basis.load(path)
-    wish = "" if kinds == _KINDS else f" --kind {kinds[0]}"
-    raise BasisError(
-        f"Policy {policy.name!r} needs a basis and there is none of {model or 'this model'!r} yet; "
-        f"run `loki-attn calibrate --model MODEL{wish}` once, or give basis=FILE."
-    )
+        return given if policy.select.needs_basis else None
+    found = bases.find_basis(policy, model, given)
+    return None if found is None else found[1]
 
 
 def check_batch_size(given: object) -> None:
