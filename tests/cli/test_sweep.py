@@ -94,3 +94,37 @@ def test_only_takes_a_model_of_the_sweep(loki, spec, tmp_path):
     done = loki("eval", "sweep", spec, "--out", out, "--only", "other")
     assert "model of the sweep 'other'" in done.error
     assert not out.exists()
+
+
+# Of every task, the smallest run that decodes; a task without an entry fails the test below.
+SMALLEST = {
+    "perplexity": "prefix_tokens: 64, window_tokens: 8, windows: 1",
+    "fidelity": "window_tokens: 64, windows: 1, queries: 4",
+    "agreement": "prompts: 1, prompt_tokens: 64, new_tokens: 4",
+    "needle": "kinds: [number], lengths: [400], depths: [0.5], per_depth: 1",
+    "ruler": "subtasks: [niah_single_1], lengths: [500], count: 1, answer_tokens: 4",
+    "multi-question": "lengths: [600], count: 1, questions: 2",
+    "longbench": "path: hotpotqa.jsonl",
+}
+NEVER_DECODES = {"fidelity"}  # one dense forward, judged
+
+
+def test_every_task_really_decodes(loki, write, model, tmp_path, monkeypatch):
+    from loki_attn.evaluate.sweep.spec import OPTIONS
+
+    assert set(SMALLEST) == set(OPTIONS)
+    sample = {"input": "Who kept the light?", "context": "Ellen kept the light. " * 20}
+    sample |= {"answers": ["Ellen"], "length": 80, "dataset": "hotpotqa", "language": "en"}
+    write("hotpotqa.jsonl", json.dumps({**sample, "all_classes": None, "_id": "1"}) + "\n")
+    monkeypatch.chdir(tmp_path)
+    tasks = [f"  - {{task: {name}, {options}}}" for name, options in SMALLEST.items()]
+    head = f"models: [{model}]\npolicies: ['exact-topk:top_k=24,recents=2,min_k=1']\ntasks:\n"
+    spec, out = write("all.yaml", head + "\n".join(tasks)), tmp_path / "rows.jsonl"
+    done = loki("eval", "sweep", spec, "--out", out, "--only", model)
+    assert done.code == 0, done.stderr
+    sparse = {row["task"]: row for row in rows_of(out) if row["contender"] != "dense"}
+    assert set(sparse) == set(OPTIONS)
+    for name in set(OPTIONS) - NEVER_DECODES:
+        metrics = sparse[name]["metrics"]
+        assert metrics["selecting_calls"] > 0, name
+        assert metrics["read_bytes_share"] < 1, name
