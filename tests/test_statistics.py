@@ -274,7 +274,7 @@ def _unseen(count):
     return pytest.approx(-share), pytest.approx(share)
 
 
-@pytest.mark.parametrize("share", [0.0, 1.0])
+@pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
 def test_groups_that_all_agree_do_not_shrink_to_a_point(share):
     """Nine right answers of three contexts say as much as three right answers, and no more."""
     grouped = mean_interval([share] * 9, [0, 0, 0, 1, 1, 1, 2, 2, 2])

@@ -38,7 +38,7 @@ def mean_interval(
     """Estimate a mean.
 
     Observations of 0 and 1 that stand alone get Wilson's score interval, which does not shrink to a
-    point where all agree; so do shares that are all 0 or all 1, with groups as its trials. All else
+    point where all agree; so do shares that are all the same, with groups as its trials. All else
     gets a percentile bootstrap over groups: observations of one group (the tokens of a stretch of
     text, the questions of a context) are drawn together, because they are not independent.
 
@@ -61,8 +61,9 @@ def mean_interval(
     data, labels = _checked(values, groups)
     mean, groups_count = float(data.mean()), int(labels.max()) + 1
     binary = bool(np.isin(data, (0.0, 1.0)).all())
-    if binary and (groups_count == len(data) or mean in (0.0, 1.0)):
-        return Interval(mean, *wilson(round(mean * groups_count), groups_count), "wilson")
+    same = bool((data == data[0]).all()) and 0 <= data[0] <= 1
+    if (same and (binary or groups_count > 1)) or (binary and groups_count == len(data)):
+        return Interval(mean, *wilson(mean * groups_count, groups_count), "wilson")
     return Interval(mean, *_bootstrap(data, labels, seed), "bootstrap")
 
 
@@ -107,11 +108,11 @@ def paired_interval(
     return Interval(mean, *_bootstrap(difference, labels, seed), "bootstrap")
 
 
-def wilson(hits: int, trials: int) -> tuple[float, float]:
+def wilson(hits: float, trials: int) -> tuple[float, float]:
     """Return Wilson's score interval of a share, at 95 %.
 
     Args:
-        hits: How many of the trials succeeded.
+        hits: How many of the trials succeeded; a part of one where trials are shares.
         trials: How many there were, at least 1.
     """
     share, z2 = hits / trials, _Z * _Z
