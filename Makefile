@@ -58,7 +58,7 @@ $(READY): pyproject.toml constraints.txt $(NATIVE)
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@echo "Installing loki-attn and its tools into .venv; the first time takes a few minutes."
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check \
-		--constraint constraints.txt cmake ninja scikit-build-core
+		--constraint constraints.txt cmake ninja scikit-build-core setuptools
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check \
 		--constraint constraints.txt --no-build-isolation --editable '.[all,dev]'
 	@touch $@
