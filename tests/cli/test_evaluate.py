@@ -120,6 +120,9 @@ def test_longbench(evaluate, write):
     path = write("hotpotqa.jsonl", json.dumps(sample) + "\n")
     rows = evaluate.bare("longbench", path, "-p", "streaming-llm:top_k=64", "--json")
     assert [row["settings"]["subtask"] for row in rows.json] == ["hotpotqa"] * 2
+    shown = evaluate.bare("longbench", path, "-p", "streaming-llm:top_k=64").stdout
+    assert "longbench of " in shown
+    assert "continuation" not in shown  # no text but the file's own
 
 
 def test_loki_is_the_default_policy_and_a_text_the_users(evaluate, write):

@@ -16,7 +16,10 @@ policies:
   - {{policy: exact-topk, top_k: [8, 24], recents: 2, min_k: 1}}
 tasks:
   - {{task: perplexity, prefix_tokens: [64, 96], window_tokens: 16, windows: 2}}
-  - {{task: agreement, prompts: 2, prompt_tokens: 64, new_tokens: 6}}
+  - task: agreement
+    prompts: 2
+    prompt_tokens: 64
+    new_tokens: 6
 """
 MEASUREMENTS = 2 * 2 * 3 + 2 * 3  # windows x prefixes x policies, prompts x policies
 ROWS = 2 * 3 + 3
@@ -94,6 +97,17 @@ def test_only_takes_a_model_of_the_sweep(loki, spec, tmp_path):
     done = loki("eval", "sweep", spec, "--out", out, "--only", "other")
     assert "model of the sweep 'other'" in done.error
     assert not out.exists()
+
+
+def test_a_policy_that_stands_twice_is_refused_before_anything_is_measured(
+    loki, write, model, tmp_path
+):
+    text = SPEC.format(models=model) + "    policies: [dense, dense]\n"
+    out = tmp_path / "rows.jsonl"
+    done = loki("eval", "sweep", write("twice.yaml", text), "--out", out, "--only", model)
+    assert "Contender 'dense' is given twice" in done.error
+    assert not out.exists()
+    assert lines(tmp_path / "rows.jsonl.journal") == 0
 
 
 # Of every task, the smallest run that decodes; a task without an entry fails the test below.

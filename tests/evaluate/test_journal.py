@@ -15,7 +15,7 @@ from loki_attn import Budget, Policy
 from loki_attn.basis import Basis, LayerBasis
 from loki_attn.errors import InputError
 from loki_attn.evaluate.agreement import Agreement
-from loki_attn.evaluate.journal import Journal, key_of
+from loki_attn.evaluate.journal import Journal, key_of, keys_of
 from loki_attn.evaluate.protocol import Contender
 from loki_attn.evaluate.task import Item, Record
 from loki_attn.select.exact_topk import ExactTopK
@@ -294,3 +294,19 @@ def test_maps_that_swap_their_layers_are_another_basis():
         for layers in ({0: one, 1: other}, {0: other, 1: one})
     }
     assert len(keys) == 2
+
+
+def test_the_same_maps_of_another_layer_are_another_basis():
+    layer = BASIS.layers[0]
+    keys = {key(**with_basis(layers={index: layer})) for index in (0, 1)}
+    assert len(keys) == 2
+
+
+def test_keys_of_many_are_the_keys_of_each():
+    items = [Item(name=name, content={"is": name}) for name in "ab"]
+    contenders = [contender("one"), dense(), Contender(name="l", policy=POLICY, basis=BASIS)]
+    found = keys_of(GIVEN["task"], GIVEN["model"], items, contenders)
+    assert found == {
+        (item.name, one.name): key(item=item, contender=one) for item in items for one in contenders
+    }
+    assert len(set(found.values())) == 6

@@ -7,6 +7,7 @@ not by where it stood in a run, so more items, contenders or lengths may be aske
 import hashlib
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, final
@@ -78,32 +79,47 @@ def key_of(task: Task, model: Any, item: Item, contender: Contender) -> str:
         item: The item; its content counts.
         contender: The contender; its policy and basis count, its name does not.
     """
-    basis = contender.basis
-    what = {
-        "task": task.name,
-        "protocol": task.protocol,
-        "model": model,
-        "item": item.digest,
-        "policy": _without_name(contender),
-        "basis": None if basis is None else _digest(basis),
+    return keys_of(task, model, [item], [contender])[item.name, contender.name]
+
+
+def keys_of(
+    task: Task, model: Any, items: Sequence[Item], contenders: Sequence[Contender]
+) -> dict[tuple[str, str], str]:
+    """The keys of all contenders on all items, by the names of both; see `key_of`.
+
+    A basis may have hundreds of megabytes: everything is hashed once.
+    """
+    same = {"task": task.name, "protocol": task.protocol, "model": model}
+    digests = {item.name: item.digest for item in items}
+    means = {contender.name: _means(contender) for contender in contenders}
+    return {
+        (item, contender): _sha256({**same, "item": digest, **how})
+        for item, digest in digests.items()
+        for contender, how in means.items()
     }
+
+
+def _means(contender: Contender) -> dict[str, Any]:
+    """What a contender does: its policy, without the name, and its basis."""
+    policy: dict[str, Any] = json.loads(contender.policy.to_json())
+    del policy["name"]
+    basis = contender.basis
+    return {"policy": policy, "basis": None if basis is None else _digest(basis)}
+
+
+def _sha256(what: Any) -> str:
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
 
 
 def _digest(basis: Basis) -> str:
-    """The sha256 of a basis' maps."""
+    """The sha256 of a basis' maps and of the layers that they belong to."""
     found = hashlib.sha256(f"{basis.kind} {basis.side}".encode())
     for index in basis.layer_indices:
         layer = basis.layer(index)
+        found.update(f" {index}".encode())
         for tensor in (layer.key_map, layer.query_map):
             found.update(tensor.contiguous().numpy().tobytes())
     return found.hexdigest()
-
-
-def _without_name(contender: Contender) -> dict[str, Any]:
-    policy: dict[str, Any] = json.loads(contender.policy.to_json())
-    del policy["name"]
-    return policy
 
 
 def _was_cut(file: Any) -> bool:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from loki_attn.errors import InputError, LokiAttnError
-from loki_attn.evaluate.journal import Journal, key_of
+from loki_attn.evaluate.journal import Journal, keys_of
 from loki_attn.evaluate.protocol import Contender, LanguageModel, check_names
 from loki_attn.evaluate.results import Row, make_row
 from loki_attn.evaluate.task import Item, Record, Task
@@ -85,9 +85,7 @@ class _Book:
         self._contenders = contenders
         self._dense = next((c for c in contenders if is_dense(c)), None)
         model = {**lm.identity, "dtype": lm.dtype}
-        self._keys = {
-            (item.name, c.name): key_of(task, model, item, c) for item in items for c in contenders
-        }
+        self._keys = keys_of(task, model, items, contenders)
         if len(self._keys) != len(items) * len(contenders):
             raise InputError("Two items have the same name; give each a name of its own.")
         self._done = sum(self._journal.find(key) is not None for key in self._keys.values())

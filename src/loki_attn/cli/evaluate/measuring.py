@@ -84,7 +84,8 @@ def run(choices: Choices, build: "Build") -> None:
     if choices.as_json:
         terminal.emit([asdict(row) for row in rows])
         return
-    show(f"{task.name} of {choices.model} on {corpus}", rows)
+    on = f" on {corpus}" if "corpus" in task.settings else ""
+    show(f"{task.name} of {choices.model}{on}", rows)
     terminal.say(f"{len(rows)} rows added to {choices.out}")
 
 

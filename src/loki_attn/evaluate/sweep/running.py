@@ -13,7 +13,7 @@ from loki_attn.evaluate.fidelity import Fidelity
 from loki_attn.evaluate.journal import Journal
 from loki_attn.evaluate.measuring import Progress, measure, total_of
 from loki_attn.evaluate.perplexity import Perplexity
-from loki_attn.evaluate.protocol import Contender, LanguageModel
+from loki_attn.evaluate.protocol import Contender, LanguageModel, check_names
 from loki_attn.evaluate.results import Row, append_rows, read_rows
 from loki_attn.evaluate.sweep.spec import TaskChoice
 from loki_attn.evaluate.task import Task
@@ -61,7 +61,7 @@ def run_model(
         The rows that were added.
 
     Raises:
-        InputError: If a task cannot be had; nothing was measured then.
+        InputError: If a task cannot be had, or has a policy twice; nothing was measured then.
     """
     tasks = [build_task(lm, choice, host.text) for choice in choices]
     made: dict[str, Contender] = {}
@@ -70,6 +70,8 @@ def run_model(
             if spec not in made:
                 made[spec] = host.contender(spec)
     everyone = [[made[spec] for spec in choice.policies] for choice in choices]
+    for contenders in everyone:
+        check_names(contenders)
     whole = sum(total_of(t, lm, c) for t, c in zip(tasks, everyone, strict=True))
     book, known, before = Journal(journal), _known(out), 0
     added: list[Row] = []
