@@ -16,9 +16,14 @@ from sphinx.application import Sphinx
 from sphinx.errors import ExtensionError
 
 import loki_attn
-from loki_attn.cli.methods import introduction
-from loki_attn.policy import methods, preset, presets
+from loki_attn.cli.methods import introduction, needs_of
+from loki_attn.policy import ROOMS, methods, preset, presets
 
+_VERBS: Final = {
+    "select": "Select: what a query reads",
+    "evict": "Evict: what is kept",
+    "allocate": "Allocate: how what is kept is shared out",
+}
 _PLACE: Final = re.compile(r"^<!-- generated: ([a-z-]+) -->$", re.MULTILINE)
 # Code stays as it is; outside of it, these would be markup.
 _MARKUP: Final = re.compile(r"(`[^`]*`)|([*_|<\[])")
@@ -31,24 +36,28 @@ def setup(app: Sphinx) -> dict[str, Any]:
 
 
 def method_list() -> str:
-    """Every selection method, as its file introduces itself."""
+    """Every method of every verb, as its file introduces itself."""
+    return "\n".join(f"## {title}\n\n{_methods_of(verb)}" for verb, title in _VERBS.items())
+
+
+def _methods_of(verb: str) -> str:
     parts = []
-    for name, method in methods().items():
+    for name, method in methods(verb).items():
         told = import_module(method.__module__).__doc__ or ""
         about = introduction(told.partition("\n")[2])  # its first line is a title
         fields = "\n".join(f"{k}\n: {_plain(v)}\n" for k, v in about.items())
-        needs = "needed" if method.needs_basis else "not needed"
         place = f"{{py:class}}`{method.__module__}.{method.__name__}`"
         summary = _plain((inspect.getdoc(method) or "").splitlines()[0])
         parts.append(
-            f"## `{name}`\n\n{summary} Specification: {place}.\n\n{fields}\nBasis\n: {needs}\n"
+            f"### `{name}`\n\n{summary} Specification: {place}.\n\n{fields}\nNeeds\n"
+            f": {needs_of(method)}\n"
         )
     return "\n".join(parts)
 
 
 def method_modules() -> str:
     """The reference of every method's module."""
-    found = dict.fromkeys(method.__module__ for method in methods().values())
+    found = dict.fromkeys(m.__module__ for verb in ROOMS for m in methods(verb).values())
     return "".join(f"```{{eval-rst}}\n.. automodule:: {name}\n```\n\n" for name in found)
 
 

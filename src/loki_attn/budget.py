@@ -51,8 +51,8 @@ class Budget:
         if len(given) > 1:
             raise BudgetError(f"A budget has one amount, got {' and '.join(given)}; keep one.")
         for name in ("sinks", "recents", "dense_below"):
-            _require_count(name, getattr(self, name), at_least=0)
-        _require_count("min_k", self.min_k, at_least=1)
+            require_count(name, getattr(self, name), at_least=0)
+        require_count("min_k", self.min_k, at_least=1)
         for index in self.dense_layers:
             if isinstance(index, bool) or not isinstance(index, int):
                 raise BudgetError(f"dense_layers takes layer indices, got {index!r}.")
@@ -69,10 +69,10 @@ class Budget:
         if name == "top_k":
             self._check_tokens(name, amount)
         else:
-            _require_share(name, amount)
+            require_share(name, amount)
 
     def _check_tokens(self, name: str, amount: float) -> None:
-        _require_count(name, amount, at_least=1)
+        require_count(name, amount, at_least=1)
         forced = self.sinks + self.recents
         if amount < forced:
             raise BudgetError(
@@ -223,13 +223,15 @@ class Budget:
         return cls(**plain)
 
 
-def _require_count(name: str, value: object, *, at_least: int) -> None:
+def require_count(name: str, value: object, *, at_least: int) -> None:
+    """Refuse what is no number of tokens."""
     if isinstance(value, bool) or not isinstance(value, int) or value < at_least:
         raise BudgetError(f"{name} must be a whole number of tokens >= {at_least}, got {value!r}.")
 
 
-def _require_share(name: str, value: object) -> None:
+def require_share(name: str, value: object, tokens: str = "top_k") -> None:
+    """Refuse what is no share; `tokens` names the field that takes tokens instead."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise BudgetError(f"{name} must be a number in (0, 1], got {value!r}.")
     if math.isnan(value) or not 0 < value <= 1:
-        raise BudgetError(f"{name} must lie in (0, 1], got {value!r}; use top_k for tokens.")
+        raise BudgetError(f"{name} must lie in (0, 1], got {value!r}; use {tokens} for tokens.")

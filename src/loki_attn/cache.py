@@ -2,66 +2,26 @@
 
 from collections.abc import Callable, Mapping
 from copy import copy
-from dataclasses import dataclass
-from typing import Final, final
+from typing import Final, Self
 
 import torch
 from torch import Tensor
 
 from loki_attn.errors import CacheError
 from loki_attn.kernels import ops
-from loki_attn.storage import Storage, storage_for, take_rows
-from loki_attn.tiles import TILE_ROWS, Kind, Tiles
+from loki_attn.row_format import Mark, RowFormat
+from loki_attn.storage import Rows, Storage, storage_for, take_rows
+from loki_attn.summaries import Summaries
+from loki_attn.tiles import TILE_ROWS, Tiles
 from loki_attn.types import AppendRequest
 
 KEY: Final = "key"
 VALUE: Final = "value"
 POSITION: Final = "position"
 _GROWTH: Final = 1.5
+# Of a cache that evicts: room for more than an eighth is given back, and grown by no more.
+_SHRINK: Final = 1.125
 _BLOCK_TOKENS: Final = 64
-
-
-@final
-@dataclass(frozen=True)
-class LeadFormat:
-    """How `planes` computes the one lead plane of keys, so that a kernel can do the same.
-
-    Attributes:
-        plane: Name of the plane; it is kept in tiles.
-        scales: Name of the plane with the scale of each row's codes; None without one.
-        key_map: float32 [kv_heads, head_dim, rank], contiguous: keys to lead coordinates.
-    """
-
-    plane: str
-    scales: str | None
-    key_map: Tensor
-
-
-class RowFormat:
-    """What becomes of a key when it is stored. The default stores it as it is, without planes."""
-
-    def rows(self, key: Tensor) -> Tensor:
-        """Return the key rows to store, from keys [batch, kv_heads, tokens, head_dim]."""
-        return key
-
-    def planes(self, key: Tensor) -> dict[str, Tensor]:
-        """Return the side planes of these keys by name, each [batch, kv_heads, tokens, ...]."""
-        del key
-        return {}
-
-    def tiled(self) -> Mapping[str, Kind]:
-        """Return which of the planes are kept in tiles, and as what."""
-        return {}
-
-    def lead_format(self, device: torch.device) -> LeadFormat | None:
-        """Return what `planes` does, where all of it is one lead plane; None otherwise."""
-        del device
-        return None
-
-    def stores_only(self, lead: LeadFormat | None) -> bool:
-        """Return whether keys are stored untouched, with no planes but those of this lead."""
-        own = type(self)
-        return own.rows is RowFormat.rows and (lead is not None or own.planes is RowFormat.planes)
 
 
 class LayerCache:
@@ -74,12 +34,29 @@ class LayerCache:
     Args:
         row_format: What a stored key looks like and which planes go with it.
         reserve_tokens: Rows to allocate at the first append; later growth is by half.
+        marks: State that methods keep with every row, by name; read and written as `plane(name)`.
+
+    Attributes:
+        memory: What methods remember beside the rows, [batch, kv_heads, ...] by name; it follows
+            the batch, and survives an eviction. Dropped when rows are truncated.
+        chosen: The same for what names rows by their index; dropped when rows move.
     """
 
-    def __init__(self, row_format: RowFormat | None = None, *, reserve_tokens: int = 0) -> None:
+    def __init__(
+        self,
+        row_format: RowFormat | None = None,
+        *,
+        reserve_tokens: int = 0,
+        marks: Mapping[str, Mark] | None = None,
+    ) -> None:
         """Start empty; storage is allocated at the first append."""
         self.row_format = row_format or RowFormat()
+        self.memory: dict[str, Tensor] = {}
+        self.chosen: dict[str, Tensor] = {}
         self._reserve_tokens = reserve_tokens
+        self._growth = _GROWTH
+        self._marks = dict(marks or {})
+        self._summaries = Summaries(self.row_format.page_rows(), self.row_format.summarise)
         self._storage: dict[str, Storage] = {}
         self._length = 0
         self._seen = 0
@@ -135,6 +112,14 @@ class LayerCache:
             raise CacheError(f"The plane {name!r} is not kept in tiles; read plane({name!r}).")
         return found
 
+    def summary(self, name: str) -> Tensor:
+        """Return one page summary [batch, kv_heads, pages, ...] of the row format, a view.
+
+        Raises:
+            CacheError: If nothing was appended yet or no summary has this name.
+        """
+        return self._summaries.read(name, self.keys, self.values)
+
     def prefix(self, length: int) -> "LayerCache":
         """Return the first `length` rows as a cache that shares this storage; only to be read.
 
@@ -164,6 +149,8 @@ class LayerCache:
         if positions is not None or not self._append_at_once(key, value):
             for name, rows in self._encode(key, value, positions).items():
                 self._storage[name].write(self._length, rows)
+        for name, mark in self._marks.items():
+            self._storage[name].data.narrow(2, self._length, tokens).fill_(mark.fill)
         self._length += tokens
         self._seen += tokens
 
@@ -190,11 +177,17 @@ class LayerCache:
             raise CacheError(f"keep needs rows in 0..{self._length - 1}, got others.")
         if bool((indices[..., 1:] <= indices[..., :-1]).any()):
             raise CacheError("keep needs strictly ascending rows; sort them and drop repeats.")
+        room = _whole_tiles(indices.shape[2])
+        if room * _SHRINK >= self.capacity:
+            room = self.capacity  # a few rows went: the next ones find room without growing
         kept = {}
         for name, storage in self._storage.items():
-            kept[name] = storage.empty(_whole_tiles(indices.shape[2]), allocate)
+            kept[name] = storage.empty(room, allocate)
             storage.copy_rows(indices, kept[name])
         self._storage, self._length = kept, indices.shape[2]
+        self._growth = _SHRINK
+        self.chosen.clear()
+        self._summaries.reset()
 
     def truncate(self, length: int) -> None:
         """Drop rows from the end until `length` tokens remain.
@@ -204,8 +197,26 @@ class LayerCache:
         """
         if not 0 <= length <= self._length:
             raise CacheError(f"Cannot truncate {self._length} rows to {length}.")
-        self._seen -= self._length - length
-        self._length = length
+        dropped, self._length = self._length - length, length
+        self._seen -= dropped
+        if dropped:
+            self._forget()
+
+    def see(self, seen: int) -> None:
+        """Set the position of the next token, behind the last row held.
+
+        Raises:
+            CacheError: If a row has this position already, or a later one.
+        """
+        if self._length and int(self.positions[..., -1].max()) >= seen:
+            raise CacheError(f"The next token cannot be {seen}: later rows are held.")
+        if seen < self._seen:
+            self._forget()
+        self._seen = seen
+
+    def emptied(self, row_format: RowFormat) -> "LayerCache":
+        """Return an empty cache with the same marks."""
+        return LayerCache(row_format, reserve_tokens=self._reserve_tokens, marks=self._marks)
 
     def select_batch(self, rows: Tensor) -> None:
         """Make the batch consist of these rows of it, int64 [new_batch]; also reorders beams."""
@@ -215,12 +226,36 @@ class LayerCache:
         """Repeat every batch row `repeats` times, neighbours together."""
         self._change(lambda data: data.repeat_interleave(repeats, 0))
 
-    def converted(self, row_format: RowFormat) -> "LayerCache":
+    def converted(
+        self, row_format: RowFormat, marks: Mapping[str, Mark] | None = None
+    ) -> "LayerCache":
         """Return a copy in another format; the rows held must be as the model made them."""
-        other = LayerCache(row_format, reserve_tokens=self._reserve_tokens)
+        other = LayerCache(row_format, reserve_tokens=self._reserve_tokens, marks=marks)
         if self._storage:
-            other.append(self.keys, self.values, self.positions[:, 0])
+            other.append(self.keys, self.values)
+            other.positions.copy_(self.positions)
             other._seen = self._seen
+        return other
+
+    def narrowed(self, batch: Tensor | None, heads: Tensor | None, row_format: RowFormat) -> Self:
+        """Return a copy of some batch rows and KV heads.
+
+        Args:
+            batch: int64 batch rows, None for all.
+            heads: int64 KV heads, None for all.
+            row_format: The format of these heads' rows.
+        """
+
+        def pick(data: Tensor) -> Tensor:
+            data = data if batch is None else data.index_select(0, batch.to(data.device))
+            return data if heads is None else data.index_select(1, heads.to(data.device))
+
+        other = copy(self)
+        other.row_format = row_format
+        other._summaries = Summaries(row_format.page_rows(), row_format.summarise)
+        other._storage = {name: held.changed(pick) for name, held in self._storage.items()}
+        other.memory = {name: pick(held) for name, held in self.memory.items()}
+        other.chosen = {}
         return other
 
     def to(self, device: torch.device | str) -> None:
@@ -231,10 +266,14 @@ class LayerCache:
         """Forget all rows and give their memory back."""
         self._storage = {}
         self._length = self._seen = 0
+        self._forget()
+        self._summaries.reset()
 
     def nbytes(self) -> int:
-        """Bytes really held: all storage with its unused capacity."""
-        return sum(storage.nbytes for storage in self._storage.values())
+        """Bytes really held: all storage with its unused capacity, and what methods remember."""
+        beside = [held.nbytes for kept in (self.memory, self.chosen) for held in kept.values()]
+        rows = sum(storage.nbytes for storage in self._storage.values())
+        return rows + sum(beside) + self._summaries.nbytes
 
     def row_bytes(self, *names: str) -> int:
         """Bytes that one row of one KV head takes under these names (all of them by default)."""
@@ -249,6 +288,15 @@ class LayerCache:
 
     def _change(self, change: Callable[[Tensor], Tensor]) -> None:
         self._storage = {name: held.changed(change) for name, held in self._storage.items()}
+        self.memory = {name: change(held) for name, held in self.memory.items()}
+        self.chosen = {name: change(held) for name, held in self.chosen.items()}
+        self._summaries.change(change)
+
+    def _forget(self) -> None:
+        """Forget what methods remember of rows that are gone."""
+        self.memory.clear()
+        self.chosen.clear()
+        self._summaries.truncate(self._length)
 
     def _check_append(self, key: Tensor, value: Tensor, positions: Tensor | None) -> None:
         if key.ndim != 4 or value.ndim != 4 or key.shape[:3] != value.shape[:3]:
@@ -288,7 +336,8 @@ class LayerCache:
         if self._storage and needed <= self.capacity:
             return
         held = self._storage or self._without_capacity(key, value)
-        wanted = max(needed, self._reserve_tokens, int(self.capacity * _GROWTH))
+        reserve = 0 if self._storage else self._reserve_tokens  # an eviction gives it back
+        wanted = max(needed, reserve, int(self.capacity * self._growth))
         wanted = -(-wanted // _BLOCK_TOKENS) * _BLOCK_TOKENS
         self._storage = {n: s.grown(wanted, self._length, allocate) for n, s in held.items()}
 
@@ -296,7 +345,11 @@ class LayerCache:
         """Storage without room, of the shapes and dtypes that encoding no tokens shows."""
         samples = self._encode(key[:, :, :0], value[:, :, :0], None)
         tiled = self.row_format.tiled()
-        return {name: storage_for(rows, tiled.get(name)) for name, rows in samples.items()}
+        found = {name: storage_for(rows, tiled.get(name)) for name, rows in samples.items()}
+        none = key[:, :, :0, 0]
+        for name, mark in self._marks.items():
+            found[name] = Rows(none.new_empty((*none.shape, *mark.inner), dtype=mark.dtype))
+        return found
 
     def _append_at_once(self, key: Tensor, value: Tensor) -> bool:
         """Let a kernel write all that follows from these rows; it says whether it did."""

@@ -24,6 +24,10 @@ class BasisError(InputError):
     """A basis that is damaged, or that belongs to another model."""
 
 
+class ProfileError(InputError):
+    """A profile that is damaged, or that belongs to another model or method."""
+
+
 class CacheError(LokiAttnError, RuntimeError):
     """A cache used where, or in a way that, it cannot serve."""
 

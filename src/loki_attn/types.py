@@ -12,8 +12,9 @@ from torch import Tensor
 
 from loki_attn.tiles import Tiles
 
-GroupReduce = Literal["softmax_sum", "max", "none"]
-"""How a group of query heads agrees on what to read; "none" lets every query head choose alone."""
+GroupReduce = Literal["softmax_sum", "softmax_max", "sum", "max", "none"]
+"""How a group of query heads agrees on what to read: the sum or the largest of their soft-max
+weights, the sum or the largest of their scores; "none" lets every query head choose alone."""
 
 Mode = Literal["decode", "every_query"]
 """When selection acts: on single-token steps, or on every query row of every forward."""
@@ -70,6 +71,21 @@ class Selection:
         indices: int64 [batch, num_kv_heads or num_heads, k]: rows of the cache, unique and
             ascending, padded at the end with -1 where a row reads fewer.
         counts: int64 [batch, num_kv_heads or num_heads]: how many of them are real, at least 1.
+    """
+
+    indices: Tensor
+    counts: Tensor
+
+
+@final
+@dataclass(frozen=True)
+class KeepSet:
+    """The rows that stay after an eviction; all others are gone for good. Never a selection.
+
+    Attributes:
+        indices: int64 [batch, num_kv_heads, most]: rows of the cache, unique and ascending, padded
+            at the end with -1 where a head keeps fewer.
+        counts: int64 [batch, num_kv_heads]: how many of them are real.
     """
 
     indices: Tensor

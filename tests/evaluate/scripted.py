@@ -80,7 +80,7 @@ class ScriptedLM:
         return "".join(map(chr, ids))
 
     @contextmanager
-    def using(self, policy, basis=None, mode="decode"):
+    def using(self, policy, basis=None, mode="decode", profile=None):
         self.policy, self.mode = policy, mode
         self.traffic = _nothing()
         try:
@@ -92,7 +92,7 @@ class ScriptedLM:
         assert self.policy != "dense", "outside of `using`"
         self.mode = mode
 
-    def prefill(self, ids):
+    def prefill(self, ids, *, record=False):
         assert self.policy == "dense"
         assert ids.dtype == torch.int64
         self.prefills.append(self.decode(ids[0].tolist()))
@@ -121,6 +121,7 @@ class ScriptedLM:
         if read == 1:
             self.traffic.sparse_calls += LAYERS * acts
             self.traffic.dense_bytes += ROW_BYTES * held
+            self.traffic.kept_bytes += ROW_BYTES * held
             self.traffic.read_bytes += ROW_BYTES * (self.policy.budget.top_k if acts else held)
         elif self.mode == "every_query":
             self.traffic.every_query_calls += LAYERS * acts
@@ -139,7 +140,8 @@ def recites(answers, after="?"):
 
 
 def _nothing():
-    return SimpleNamespace(sparse_calls=0, every_query_calls=0, read_bytes=0, dense_bytes=0)
+    names = ("sparse_calls", "every_query_calls", "read_bytes", "dense_bytes", "kept_bytes")
+    return SimpleNamespace(**dict.fromkeys((*names, "evicted_rows"), 0))
 
 
 @dataclass(kw_only=True)

@@ -124,7 +124,7 @@ def test_sparse_steps_and_bytes_are_counted(seen):
 @pytest.mark.parametrize("seen", PROTOCOLS)
 def test_a_policy_that_never_selects_is_refused(seen):
     wide = contender("wide", top_k=500)
-    with pytest.raises(LokiAttnError, match="wide never selected anything: its budget covers"):
+    with pytest.raises(LokiAttnError, match="wide never selected anything"):
         ask(zoo(seen=seen), {"wide": "Cows"}, [wide])
 
 

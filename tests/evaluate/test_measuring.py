@@ -14,7 +14,7 @@ from loki_attn.select.exact_topk import ExactTopK
 
 LM = ScriptedLM(recites({}))
 TWO = [contender("one"), contender("two", top_k=9)]
-IDLE = "idle never selected anything: its budget covers the whole context, or every answer ended at"
+IDLE = "idle never selected anything, nor evicted: its budget covers the whole context, or every"
 
 
 def run(task, contenders=TWO, **more):

@@ -149,6 +149,10 @@ def test_share_of_bytes_read(lm):
     assert "read_bytes_share" not in perplexity(lm, IDS, [EXACT], **EVERY_QUERY)[0].metrics
 
 
+def untimed(metrics):
+    return {name: value for name, value in metrics.items() if name != "tokens_per_s"}
+
+
 def test_a_contender_is_measured_alone_and_beside_others_alike(lm):
     other = Contender(
         name="loki",
@@ -158,7 +162,7 @@ def test_a_contender_is_measured_alone_and_beside_others_alike(lm):
     (alone,) = perplexity(lm, IDS, [EXACT], **DECODE)
     beside = perplexity(lm, IDS, [other, EXACT, DENSE], **DECODE)
     assert [row.contender for row in beside] == ["loki", "exact", "dense"]
-    assert beside[1].metrics == alone.metrics
+    assert untimed(beside[1].metrics) == untimed(alone.metrics)
     assert beside[0].metrics != alone.metrics
 
 
@@ -168,7 +172,7 @@ def test_a_contender_is_measured_alone_and_beside_others_alike(lm):
 )
 def test_a_policy_that_never_acts_is_refused(lm, run, budget):
     idle = Contender(name="idle", policy=Policy(select=ExactTopK(), budget=budget))
-    with pytest.raises(LokiAttnError, match="idle never selected anything: its budget covers"):
+    with pytest.raises(LokiAttnError, match="idle never selected anything"):
         perplexity(lm, IDS, [EXACT, idle], **run)
 
 

@@ -392,10 +392,10 @@ def test_reserved_room_is_allocated_at_once(llama):
     with loki_attn.attach(llama, "exact-topk", reserve_tokens=200) as attachment:
         cache = attachment.cache()
         llama(input_ids=prompts(), past_key_values=cache)
-        assert cache.layers[0].rows.capacity == 256
+        assert cache.layers[0].rows.whole.capacity == 256
         cache = attachment.cache(reserve_tokens=500)
         llama(input_ids=prompts(), past_key_values=cache)
-        assert cache.layers[0].rows.capacity == 512
+        assert cache.layers[0].rows.whole.capacity == 512
 
 
 def test_a_cache_filled_in_inference_mode_grows_outside_of_it(llama):

@@ -7,10 +7,12 @@ import torch
 from sparse_policies import METHODS
 from transformers.cache_utils import Cache, DynamicLayer
 
+from loki_attn.attention import LayerPolicy
 from loki_attn.basis import LayerBasis
+from loki_attn.budget import Budget
 from loki_attn.errors import CacheError
 from loki_attn.integrations.transformers.layers import LokiLayer
-from loki_attn.types import LayerShape
+from loki_attn.types import KeepSet, LayerShape
 
 SHAPE = LayerShape(index=0, num_heads=4, num_kv_heads=2, head_dim=16, value_dim=12)
 
@@ -29,7 +31,13 @@ def loki_layer(method="loki_planes"):
     basis = LayerBasis(
         key_map=turn, query_map=turn, spectrum=torch.ones(2, 16, dtype=torch.float64)
     )
-    return LokiLayer(METHODS[method].bind(SHAPE, basis), "owner")
+    policy = LayerPolicy(
+        shape=SHAPE,
+        selector=METHODS[method].bind(SHAPE, basis),
+        budget=Budget(),
+        group_reduce="softmax_sum",
+    )
+    return LokiLayer(policy, "owner")
 
 
 def fill(layer, *chunks):
@@ -75,7 +83,7 @@ def test_planes_follow_their_rows(operation):
     OPERATIONS[operation](layer)
     anew = fill(loki_layer(), (layer.keys.clone(), layer.values.clone()))
     for plane in ("lead", "lead_scale"):
-        assert torch.equal(layer.rows.plane(plane), anew.rows.plane(plane))
+        assert torch.equal(layer.rows.whole.plane(plane), anew.rows.whole.plane(plane))
 
 
 @pytest.mark.parametrize("operation", sorted(set(OPERATIONS) - {"append"}))
@@ -105,11 +113,13 @@ def test_no_limit_under_either_name():
 
 
 def test_evicted_rows_still_count_as_seen():
-    """Positions of new tokens follow the tokens seen, masks the rows held."""
+    """Positions of new tokens and masks follow the tokens seen, whatever rows are held."""
     layer = fill(loki_layer(), rows(6))
-    layer.rows.keep(torch.tensor([0, 4, 5]).expand(3, 2, 3))
+    kept = torch.tensor([0, 4, 5]).expand(3, 2, 3)
+    layer.rows.keep(KeepSet(kept, torch.full((3, 2), 3)))
+    assert layer.rows.longest == 3
     assert layer.get_seq_length() == 6
-    assert layer.get_mask_sizes(1) == (4, 0)
+    assert layer.get_mask_sizes(1) == (7, 0)
 
 
 def test_values_may_have_another_size():
@@ -123,6 +133,7 @@ def test_a_copy_shares_the_format_and_nothing_else(method):
     layer = fill(loki_layer(method), rows(5))
     twin = copy.deepcopy(layer)
     assert twin.rows.row_format is layer.rows.row_format
+    assert twin.rows.whole.row_format is layer.rows.whole.row_format
     before = layer.keys.clone()
     twin.keys.zero_()
     twin.crop(-3)

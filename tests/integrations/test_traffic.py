@@ -10,10 +10,13 @@ from loki_attn import Budget, LayerCache, Policy, Selection
 from loki_attn.attention import LayerPolicy
 from loki_attn.integrations.transformers import Traffic
 from loki_attn.select.loki import Loki
+from loki_attn.serving import Served
+from loki_attn.shards import Shard
 from loki_attn.types import LayerShape
 
 # 2 layers of 2 KV heads, head_dim 16, float32: a key row and a value row take 64 bytes each.
 LAYERS, HEADS, ROW_BYTES = 2, 2, 128
+POSITION_BYTES = 4
 # Four single-token steps follow a prompt of 12; the last generated token is not read.
 HELD = LAYERS * HEADS * (13 + 14 + 15 + 16)
 CALLS = LAYERS * 4
@@ -52,6 +55,7 @@ def test_bytes_of_a_dense_run():
             dense_bytes=HELD * ROW_BYTES,
             rows_read=HELD,
             rows_held=HELD,
+            kept_bytes=HELD * (ROW_BYTES + POSITION_BYTES),
         )
 
 
@@ -86,7 +90,7 @@ def record(indices, counts, num_heads=4):
         group_reduce="none",
     )
     traffic = Traffic()
-    traffic.record(cache, policy, Selection(indices, counts))
+    traffic.record(Served(Shard(cache), policy, "decode", Selection(indices, counts), scored=True))
     return traffic
 
 

@@ -17,6 +17,7 @@ from loki_attn.cli import (
     generate,
     inspect,
     methods,
+    profile,
     report,
     tune,
 )
@@ -83,7 +84,7 @@ def _message(error: LokiAttnError | OSError) -> str:
     return f"{error.strerror}{place}."
 
 
-for _module in (calibrate, inspect, generate, tune, report, methods, doctor, demo):
+for _module in (calibrate, profile, inspect, generate, tune, report, methods, doctor, demo):
     app.command(_module.NAME, epilog=_module.EXAMPLE)(_module.command)
 app.add_typer(evaluate.app, name="eval")
 app.add_typer(bench.app, name="bench")

@@ -11,7 +11,7 @@ import typer
 
 from loki_attn.cli import options, terminal
 from loki_attn.cli.bench_tables import show_speech, show_steps
-from loki_attn.cli.loading import find_basis, label, load_model, load_text, parse_policy
+from loki_attn.cli.loading import find_calibrated, label, load_model, load_text, parse_policy
 from loki_attn.errors import InputError
 
 if TYPE_CHECKING:
@@ -19,8 +19,9 @@ if TYPE_CHECKING:
     from loki_attn.bench.decode import Outcome
     from loki_attn.bench.shapes import Shape
     from loki_attn.policy import Policy
+    from loki_attn.profile import Profile
 
-    Attached = tuple[Policy, Basis | None]
+    Attached = tuple[Policy, Basis | None, Profile | None]
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -193,12 +194,12 @@ def _policies(specs: list[str], model: str, basis: Path | None) -> "dict[str, At
     """Policies with their bases, by the names of their contenders."""
     found: dict[str, Attached] = {}
     for spec in specs:
-        chosen, own_basis = parse_policy(spec)
-        fitting = find_basis(chosen, model, own_basis or basis)
+        chosen = parse_policy(spec)
+        fitting = find_calibrated(chosen, model, basis)
         name = f"attached {label(spec)}"
         if name in found:
             raise InputError(f"Policy {spec!r} is given twice; give each once.")
-        found[name] = chosen, None if fitting is None else fitting[1]
+        found[name] = chosen.policy, fitting.basis, fitting.profile
     return found
 
 
@@ -223,8 +224,9 @@ def _measure_speech(
         STOCK_DYNAMIC: Speaking(loaded),
         STOCK_STATIC: Speaking(loaded, static=True),
     }
-    for name, (policy, basis) in {"attached dense": (preset("dense"), None), **policies}.items():
-        speakers[name] = attached_twin(loaded, policy, basis)
+    plain = {"attached dense": (preset("dense"), None, None)}
+    for name, (policy, basis, profile) in {**plain, **policies}.items():
+        speakers[name] = attached_twin(loaded, policy, basis, profile)
     return measure_generation(
         bench,
         speakers,

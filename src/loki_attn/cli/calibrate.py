@@ -68,11 +68,11 @@ def command(
         moments, provenance, out = _reuse(stats, kind, out)
         partial = None
     else:
-        out = _writable(out or _cached_basis(model, kind))
+        out = writable(out or _cached_basis(model, kind))
         partial = out.with_name(out.name + ".partial")
         moments, provenance = _collect(model, text, dtype, tokens, window, partial, resume)
     if stats_out is not None:
-        moments.save(_writable(stats_out), provenance)
+        moments.save(writable(stats_out), provenance)
     basis = fit(moments, provenance)
     basis.save(out)
     if partial is not None:
@@ -110,7 +110,7 @@ def _reuse(stats: Path, kind: str, out: Path | None) -> "tuple[KeyStats, dict[st
     moments, provenance = KeyStats.load(stats)
     of = provenance.get("model")
     name = str(of.get("id")) if isinstance(of, dict) else "unnamed"
-    return moments, provenance, _writable(out or _cached_basis(name, kind))
+    return moments, provenance, writable(out or _cached_basis(name, kind))
 
 
 def _collect(
@@ -176,8 +176,12 @@ def _cached_basis(model: str, kind: str) -> Path:
     return basis_path(model, kind)
 
 
-def _writable(path: Path) -> Path:
-    """Refuse a place that cannot be written before the work, not after it."""
+def writable(path: Path) -> Path:
+    """Refuse a place that cannot be written before the work, not after it.
+
+    Raises:
+        InputError: If it is a folder, or in one that cannot be written.
+    """
     if path.is_dir():
         raise InputError(f"{str(path)!r} is a folder; give the path of a file.")
     path.parent.mkdir(parents=True, exist_ok=True)

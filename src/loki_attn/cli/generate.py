@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 import typer
 
 from loki_attn.cli import options, terminal
-from loki_attn.cli.loading import find_basis, label, load_model, parse_policy
+from loki_attn.cli.loading import find_calibrated, label, load_model, parse_policy
 from loki_attn.errors import InputError
 
 if TYPE_CHECKING:
@@ -38,8 +38,8 @@ def command(
 ) -> None:
     """Continue a text greedily, streaming, and say what attention read."""
     content = _prompt(prompt, file)
-    chosen, own_basis = parse_policy(policy, top_k=top_k, rank=rank)
-    found = find_basis(chosen, model, own_basis or basis)
+    chosen = parse_policy(policy, top_k=top_k, rank=rank)
+    found = find_calibrated(chosen, model, basis)
     loaded, tokenizer = load_model(model, dtype)
     ids = _encode(tokenizer, content, chat=chat)
     room = _room(loaded, ids.shape[1], max_new_tokens)
@@ -50,16 +50,18 @@ def command(
     write = _silent if as_json else terminal.write
     if compare_dense:
         write(f"--- {label(policy)} ---\n")
-    with attach(loaded, chosen, basis=None if found is None else found[1]) as attachment:
+    with attach(loaded, chosen.policy, basis=found.basis, profile=found.profile) as attachment:
         sparse = stream(loaded, tokenizer, ids, max_new_tokens=room, write=write)
         traffic = attachment.traffic
     write("\n")
     result: dict[str, Any] = {
         "model": model,
         "policy": label(policy),
-        "basis": None if found is None else str(found[0]),
+        "basis": None if found.basis_path is None else str(found.basis_path),
         **_figures(sparse),
         "read_bytes_share": traffic.read_bytes / traffic.dense_bytes if traffic.dense_bytes else 1,
+        "kept_bytes_share": traffic.kept_bytes / traffic.dense_bytes if traffic.dense_bytes else 1,
+        "evicted_rows": traffic.evicted_rows,
         "read_bytes_per_token": traffic.read_bytes / max(1, len(sparse.tokens) - 1),
         "selecting_share": traffic.sparse_calls
         / max(1, traffic.sparse_calls + traffic.dense_calls),

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, get_args
 
@@ -11,9 +12,10 @@ from loki_attn.errors import InputError, unknown_name
 if TYPE_CHECKING:
     from loki_attn.basis import Basis
     from loki_attn.policy import Policy
+    from loki_attn.profile import Profile
 
 _DTYPES: Final = ("auto", "float32", "bfloat16", "float16")
-_BASIS_FIELD: Final = re.compile(r"([:,]basis=)([^,]+)")
+_FILE_FIELD: Final = re.compile(r"([:,](?:basis|profile)=)([^,]+)")
 # Commas inside brackets belong to a list, as in dense_layers=[0,1].
 _BETWEEN_FIELDS: Final = re.compile(r",(?![^\[]*\])")
 
@@ -61,15 +63,46 @@ def load_text(path: Path | None, packaged: str) -> tuple[str, str]:
     return path.name, texts.read_file(path)
 
 
-def parse_policy(spec: str, **overrides: Any) -> "tuple[Policy, Path | None]":
+@dataclass(frozen=True)
+class Typed:
+    """A policy as it was typed, with the files that it names.
+
+    Attributes:
+        policy: The policy.
+        basis: Its basis: a file or a kind, None where none is named.
+        profile: Its profile's file, None where none is named.
+    """
+
+    policy: "Policy"
+    basis: Path | None = None
+    profile: Path | None = None
+
+
+@dataclass(frozen=True)
+class Found:
+    """What was calibrated for a policy, and where it was found.
+
+    Attributes:
+        basis_path: The basis' file, None without one.
+        basis: The basis.
+        profile: The profile.
+    """
+
+    basis_path: Path | None = None
+    basis: "Basis | None" = None
+    profile: "Profile | None" = None
+
+
+def parse_policy(spec: str, **overrides: Any) -> Typed:
     """Read a policy as it is typed: a preset, changes after a colon, or a JSON file.
 
     Args:
-        spec: For instance "loki", "loki:top_k=256,rank=16,basis=FILE" or "mine.json".
+        spec: For instance "loki", "loki:top_k=256,evict=snapkv,capacity=2048,basis=FILE",
+            "hata:profile=FILE" or "mine.json".
         overrides: Further fields; None leaves the preset's.
 
     Returns:
-        The policy, and the basis file that the spec names, if any.
+        The policy, and the files that the spec names.
 
     Raises:
         InputError: If a change is not of the form name=value, or the policy is refused.
@@ -87,34 +120,39 @@ def parse_policy(spec: str, **overrides: Any) -> "tuple[Policy, Path | None]":
                 f"Cannot read {change!r} in policy {spec!r}; write it like loki:top_k=256,rank=16."
             )
         fields[key.strip().replace("-", "_")] = _value(value.strip())
-    basis = fields.pop("basis", None)
-    return as_policy(name, **fields), None if basis is None else Path(str(basis))
+    files = [fields.pop(name, None) for name in ("basis", "profile")]
+    basis, profile = (None if given is None else Path(str(given)) for given in files)
+    return Typed(as_policy(name, **fields), basis, profile)
 
 
 def label(spec: str) -> str:
     """A policy's name in tables and records: as it was typed, without the folders of its files."""
     if spec.endswith(".json"):
         return Path(spec).stem
-    return _BASIS_FIELD.sub(lambda found: found[1] + Path(found[2]).stem, spec)
+    return _FILE_FIELD.sub(lambda found: found[1] + Path(found[2]).stem, spec)
 
 
-def find_basis(policy: "Policy", model: str, given: Path | None) -> "tuple[Path, Basis] | None":
-    """Load the basis that a policy needs: the given one, or the cached one of this model.
+def find_calibrated(chosen: Typed, model: str, basis: Path | None) -> Found:
+    """Load what a policy needs: the files it names, or the cached ones of this model.
 
     Args:
-        policy: The policy.
+        chosen: The policy.
         model: Name of the model.
-        given: A file, or a kind of basis as a path without a folder, whose cached file is meant.
-
-    Returns:
-        The file and the basis, or None where the method needs none.
+        basis: Where the policy names none: a file, or a kind of basis as a path without a folder,
+            whose cached file is meant.
 
     Raises:
-        BasisError: If there is none, or it cannot be read.
+        BasisError: If there is no basis, or it cannot be read.
+        ProfileError: If a profile cannot be read.
     """
-    from loki_attn.models.bases import find_basis as find
+    from loki_attn.models.bases import find_basis
+    from loki_attn.models.profiles import find_profile
 
-    return find(policy, model, given)
+    found = find_basis(chosen.policy, model, chosen.basis or basis)
+    profile = find_profile(chosen.policy, model, chosen.profile)
+    if found is None:
+        return Found(profile=profile)
+    return Found(basis_path=found[0], basis=found[1], profile=profile)
 
 
 def _value(text: str) -> Any:

@@ -12,6 +12,7 @@ _FIELDS: Final = {
     "arXiv": "arxiv",
     "What it does": "what",
     "Bytes read per decode step": "bytes_read",
+    "State per token": "state",
 }
 
 
@@ -23,29 +24,31 @@ def command(as_json: options.Json = False) -> None:
         return
     terminal.table(
         "Methods",
-        ["method", "verb", "basis", "paper", "arXiv", "bytes read per decode step"],
+        ["verb", "method", "needs", "state per token", "bytes read per decode step", "paper"],
         [
             [
-                m["method"],
                 m["verb"],
-                "needed" if m["needs_basis"] else "-",
-                m["paper"],
-                m["arxiv"],
+                m["method"],
+                m["needs"],
+                m["state"],
                 m["bytes_read"],
+                f"{m['paper']} ({m['arxiv']})" if m["arxiv"] not in {"", "-"} else m["paper"],
             ]
             for m in methods
         ],
         left=True,
     )
     terminal.table(
-        "Policies (--policy NAME, changed like loki:top_k=256,rank=16)",
-        ["policy", "method", "budget", "choice in a group"],
+        "Policies (--policy NAME, changed like loki:top_k=256,evict=snapkv,capacity=4096)",
+        ["policy", "reads by", "how much", "choice in a group", "keeps by", "how much"],
         [
             [
                 p["policy"],
                 p["method"],
-                ", ".join(f"{k}={v}" for k, v in p["budget"].items()) or "everything",
+                _listed(p["budget"]),
                 p["group_reduce"],
+                p["evict"] if p["allocate"] == "uniform" else f"{p['evict']}, {p['allocate']}",
+                _listed(p["keep"]),
             ]
             for p in presets
         ],
@@ -56,15 +59,28 @@ def command(as_json: options.Json = False) -> None:
 def _methods() -> list[dict[str, Any]]:
     from importlib import import_module
 
-    from loki_attn.policy import methods
+    from loki_attn.policy import ROOMS, methods
 
     found = []
-    for name, method in methods().items():
-        about = introduction(import_module(method.__module__).__doc__ or "")
-        verb = method.__module__.split(".")[-2]
-        known = {short: about.get(field, "").rstrip(".") for field, short in _FIELDS.items()}
-        found.append({"method": name, "verb": verb, "needs_basis": method.needs_basis, **known})
+    for verb in ROOMS:
+        for name, method in methods(verb).items():
+            about = introduction(import_module(method.__module__).__doc__ or "")
+            known = {short: about.get(field, "").rstrip(".") for field, short in _FIELDS.items()}
+            found.append({"method": name, "verb": verb, "needs": needs_of(method), **known})
     return found
+
+
+def needs_of(method: Any) -> str:
+    """What a method must be given or must see, in words."""
+    own = getattr(method, "needs", None)
+    needs = [own] if own and own not in {"nothing", "a profile"} else []
+    needs += ["a basis"] if getattr(method, "needs_basis", False) else []
+    needs += ["a profile"] if getattr(method, "needs_profile", False) else []
+    return ", ".join(needs) or "nothing"
+
+
+def _listed(budget: dict[str, Any]) -> str:
+    return ", ".join(f"{k}={v}" for k, v in budget.items()) or "everything"
 
 
 def _presets() -> list[dict[str, Any]]:
@@ -76,6 +92,9 @@ def _presets() -> list[dict[str, Any]]:
             "method": policy.select.method,
             "budget": policy.budget.to_json(),
             "group_reduce": policy.group_reduce,
+            "evict": policy.evict.method if policy.evicts else "-",
+            "keep": policy.keep.to_json(),
+            "allocate": policy.allocate.method,
         }
         for name, policy in ((name, preset(name)) for name in presets())
     ]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 import typer
 
 from loki_attn.cli import options, terminal
-from loki_attn.cli.loading import find_basis, known, load_model, load_text
+from loki_attn.cli.loading import Found, Typed, find_calibrated, known, load_model, load_text
 from loki_attn.errors import InputError
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ def command(
 
     bound = _bound(max_kl, max_ppl_delta)
     check_policy_path(out)
-    found = _basis(find_basis(preset("loki"), model, basis))
+    found = _basis(find_calibrated(Typed(preset("loki")), model, basis))
     corpus, content = load_text(text, "continuation")
     spec = Spec(
         bound=bound,
@@ -125,10 +125,10 @@ def _bound(max_kl: float | None, max_ppl_delta: float | None) -> "Bound":
     return Bound("kl", max_kl) if max_kl is not None else Bound("ppl", max_ppl_delta or 0.0)
 
 
-def _basis(found: "tuple[Path, Basis] | None") -> "Basis":
-    if found is None:
+def _basis(found: "Found") -> "Basis":
+    if found.basis is None:
         raise InputError("The policies that are tuned need a basis; give --basis FILE.")
-    return found[1]
+    return found.basis
 
 
 def _show(model: str, tuning: "Tuning", rows: "list[Row]") -> None:

@@ -9,6 +9,7 @@ import torch
 
 from loki_attn.errors import InputError
 from loki_attn.evaluate.answering import Answer, answer
+from loki_attn.evaluate.contending import read
 from loki_attn.evaluate.measuring import is_dense
 from loki_attn.evaluate.protocol import Contender, LanguageModel
 from loki_attn.evaluate.summary import summarise, traffic_of
@@ -85,11 +86,11 @@ class Agreement:
     ) -> Iterator[tuple[Contender, Record]]:
         """Continue one prompt, dense attention first."""
         prompt = torch.tensor([item.content["ids"]])
-        prefix = lm.prefill(prompt[:, :-1])
+        prefix = read(lm, prompt[:, :-1], contenders)
         for contender in contenders:
             said = answer(
                 lm,
-                lm.fork(prefix),
+                prefix,
                 prompt[:, -1:],
                 contender,
                 max_new_tokens=item.content["new_tokens"],
@@ -117,9 +118,6 @@ def _record(said: Answer, reference: Sequence[int]) -> Record:
             "shared_share": [shared / len(reference) if reference else 1.0],
             "identical": [float(said.tokens == tuple(reference))],
         },
-        decode_calls=said.decode_calls,
-        every_query_calls=said.every_query_calls,
-        read_bytes=said.read_bytes,
-        dense_bytes=said.dense_bytes,
+        **said.spent,
         notes={"tokens": list(said.tokens)},
     )

@@ -7,6 +7,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
+from loki_attn.evaluate.contending import contending, spent
 from loki_attn.evaluate.protocol import Contender, LanguageModel
 
 
@@ -21,7 +22,9 @@ class Answer:
         decode_calls: Single-token layer calls that selected.
         every_query_calls: Multi-token layer calls in which every query selected.
         read_bytes: Cache bytes that single-token calls read.
-        dense_bytes: What dense attention would have read in the same calls.
+        dense_bytes: What dense attention over all tokens would have read in the same calls.
+        kept_bytes: What the rows held then, planes and marks included.
+        evicted_rows: Rows that were dropped, summed over layers and KV heads.
     """
 
     text: str
@@ -30,6 +33,13 @@ class Answer:
     every_query_calls: int
     read_bytes: int
     dense_bytes: int
+    kept_bytes: int = 0
+    evicted_rows: int = 0
+
+    @property
+    def spent(self) -> dict[str, int]:
+        """What attention did, as fields of a `Record`."""
+        return {name: value for name, value in vars(self).items() if name not in {"text", "tokens"}}
 
 
 def answer(
@@ -44,10 +54,13 @@ def answer(
 ) -> Answer:
     """Read the last tokens of a prompt by a policy, then decode greedily, token by token.
 
+    Every one of the last tokens selects for itself. A policy that evicts first drops what it drops
+    after a prompt, then reads them one by one, because what it holds may change with each.
+
     Args:
         lm: The model.
-        cache: What was read before; it grows.
-        asked: int64 [1, n], n >= 1: every token selects for itself.
+        cache: What was read before, with `record` for policies that evict; a copy of it grows.
+        asked: int64 [1, n], n >= 1.
         contender: The policy.
         max_new_tokens: Where to stop at the latest, at least 1.
         stop: Strings that end the answer.
@@ -56,9 +69,14 @@ def answer(
     Returns:
         The answer. The last of its tokens is not read any more.
     """
-    with lm.using(contender.policy, contender.basis, "every_query"):
-        logits = _last(lm, cache, asked)
-        lm.switch("decode")
+    with contending(lm, cache, contender, "every_query") as own:
+        if contender.policy.evicts:
+            lm.switch("decode")
+            for token in asked.T[:, None]:
+                logits = _last(lm, own, token)
+        else:
+            logits = _last(lm, own, asked)
+            lm.switch("decode")
         tokens: list[int] = []
         text = ""
         while True:
@@ -72,16 +90,8 @@ def answer(
                 text = text[: min(ends)]
             if ends or len(tokens) >= max_new_tokens or enough(text):
                 break
-            logits = _last(lm, cache, torch.tensor([[token]]))
-        traffic = lm.traffic
-        return Answer(
-            text=text,
-            tokens=tuple(tokens),
-            decode_calls=traffic.sparse_calls,
-            every_query_calls=traffic.every_query_calls,
-            read_bytes=traffic.read_bytes,
-            dense_bytes=traffic.dense_bytes,
-        )
+            logits = _last(lm, own, torch.tensor([[token]]))
+        return Answer(text=text, tokens=tuple(tokens), **spent(lm))
 
 
 def _last(lm: LanguageModel, cache: Any, ids: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 
 from loki_attn.errors import InputError, unknown_name
 from loki_attn.evaluate.answering import answer
+from loki_attn.evaluate.contending import read
 from loki_attn.evaluate.protocol import Contender, LanguageModel
 from loki_attn.evaluate.samples import Question, Sample
 from loki_attn.evaluate.summary import summarise, traffic_of
@@ -20,7 +21,8 @@ MoreMetrics = Callable[[Sequence[Item], Sequence[Record]], dict[str, Any]]
 PROTOCOLS: Final[dict[Seen, str]] = {
     "after": (
         "the context is read densely, without sight of the question; then each token of the "
-        "question selects for itself, and the answer is decoded greedily, one token per step"
+        "question selects for itself, and the answer is decoded greedily, one token per step; "
+        "what evicts drops rows of the context before it sees the question"
     ),
     "before": (
         "context and question are read densely, in sight of each other; the last token of the "
@@ -106,10 +108,10 @@ class Asking:
                 f"{sample.name} needs {len(context) + longest} tokens, the model's context is "
                 f"{lm.context_tokens}; make it shorter."
             )
-        asked = list(self._read(lm, context, questions))
+        asked = list(self._read(lm, context, questions, contenders))
         for contender in contenders:
             found = [
-                self._ask(lm, lm.fork(cache), last, contender, sample, question)
+                self._ask(lm, cache, last, contender, sample, question)
                 for (cache, last), question in zip(asked, sample.questions, strict=True)
             ]
             yield contender, _together(found)
@@ -122,16 +124,20 @@ class Asking:
         return {**found, **traffic_of(records), **self.more(items, records)}
 
     def _read(
-        self, lm: LanguageModel, context: list[int], questions: Sequence[list[int]]
+        self,
+        lm: LanguageModel,
+        context: list[int],
+        questions: Sequence[list[int]],
+        contenders: Sequence[Contender],
     ) -> Iterator[tuple[Any, list[int]]]:
         """Per question, the cache of what is read densely, and what is left to read."""
         if self.seen == "after":
-            shared = lm.prefill(torch.tensor([context]))
+            shared = read(lm, torch.tensor([context]), contenders)
             yield from ((shared, question) for question in questions)
             return
         for question in questions:
             whole = context + question
-            yield lm.prefill(torch.tensor([whole[:-1]])), whole[-1:]
+            yield read(lm, torch.tensor([whole[:-1]]), contenders), whole[-1:]
 
     def _ask(
         self,
@@ -156,10 +162,7 @@ class Asking:
         )
         return Record(
             values={"score": [self.score(sample, question, said.text)]},
-            decode_calls=said.decode_calls,
-            every_query_calls=said.every_query_calls,
-            read_bytes=said.read_bytes,
-            dense_bytes=said.dense_bytes,
+            **said.spent,
             notes={"answers": [said.text]},
         )
 
@@ -180,5 +183,7 @@ def _together(records: Sequence[Record]) -> Record:
         every_query_calls=sum(record.every_query_calls for record in records),
         read_bytes=sum(record.read_bytes for record in records),
         dense_bytes=sum(record.dense_bytes for record in records),
+        kept_bytes=sum(record.kept_bytes for record in records),
+        evicted_rows=sum(record.evicted_rows for record in records),
         notes={"answers": [text for record in records for text in record.notes["answers"]]},
     )

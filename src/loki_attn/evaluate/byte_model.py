@@ -176,7 +176,7 @@ def layout_of(lm: LanguageModel) -> Layout:
 
 def _one_row(
     policy: Policy, shape: LayerShape, layout: Layout, basis: Basis | None
-) -> tuple[int, int]:
+) -> tuple[int, float]:
     selector = bind(policy, shape, layout.num_layers, basis).selector
     cache = LayerCache(selector)
     cache.append(
@@ -188,6 +188,11 @@ def _one_row(
 
 def _require_known(policy: Policy, budget: Budget, shape: LayerShape, *, ranks: bool) -> None:
     """Refuse what depends on the scores."""
+    if policy.evicts or policy.reuse_above is not None:
+        raise InputError(
+            f"What policy {policy.name!r} holds, or reads again, follows from the text; its bytes "
+            "cannot be predicted, measure them."
+        )
     if budget.mass is not None:
         raise InputError(
             f"Policy {policy.name!r} reads as many rows as reach mass={budget.mass}; how many "

@@ -12,10 +12,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, final
 
+import torch
+
 from loki_attn.basis import Basis
 from loki_attn.errors import InputError
 from loki_attn.evaluate.protocol import Contender
 from loki_attn.evaluate.task import Item, Record, Task
+from loki_attn.profile import Profile
 
 
 @final
@@ -103,12 +106,25 @@ def _means(contender: Contender) -> dict[str, Any]:
     """What a contender does: its policy, without the name, and its basis."""
     policy: dict[str, Any] = json.loads(contender.policy.to_json())
     del policy["name"]
-    basis = contender.basis
-    return {"policy": policy, "basis": None if basis is None else _digest(basis)}
+    basis, profile = contender.basis, contender.profile
+    given = {"basis": None if basis is None else _digest(basis)}
+    if profile is not None:
+        given["profile"] = _profile_digest(profile)
+    return {"policy": policy, **given}
 
 
 def _sha256(what: Any) -> str:
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
+
+
+def _profile_digest(profile: Profile) -> str:
+    """The sha256 of a profile's tensors, their names and their layers."""
+    found = hashlib.sha256()
+    for index, layer in profile.layers.items():
+        for name, tensor in sorted(layer.items()):
+            found.update(f" {index} {name} {tensor.dtype}".encode())
+            found.update(tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
 
 
 def _digest(basis: Basis) -> str:

@@ -135,17 +135,19 @@ class _Book:
         calls = sum(r.decode_calls for r in records)
         if not self._task.decodes:
             calls += sum(r.every_query_calls for r in records)
-        if calls == 0 and not contender.policy.budget.reads_everything:
+        calls += sum(r.evicted_rows for r in records)
+        policy = contender.policy
+        if calls == 0 and (policy.evicts or not policy.budget.reads_everything):
             raise LokiAttnError(
-                f"{contender.name} never selected anything: its budget covers the whole context, "
-                "or every answer ended at once, so its figures would be dense's. Lower the budget "
-                "or dense_below, or lengthen the text."
+                f"{contender.name} never selected anything, nor evicted: its budget covers the "
+                "whole context, or every answer ended at once, so its figures would be dense's. "
+                "Lower the budget or dense_below, or lengthen the text."
             )
 
 
 def is_dense(contender: Contender) -> bool:
     """Whether a contender is dense attention itself."""
-    return contender.policy.select.method == "dense"
+    return contender.policy.is_dense
 
 
 def _with_dense(contenders: Sequence[Contender]) -> tuple[Contender, ...]:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from time import perf_counter
 from typing import Any, Final, Literal, final
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from loki_attn.errors import InputError, unknown_name
+from loki_attn.evaluate.contending import contending, read, spent
 from loki_attn.evaluate.journal import Journal
 from loki_attn.evaluate.measuring import Progress, measure
 from loki_attn.evaluate.protocol import Contender, LanguageModel
@@ -27,8 +29,8 @@ PROTOCOLS: Final[dict[Protocol, str]] = {
         "(the accuracy protocol of arXiv 2406.02542); token perplexity of all but the first token"
     ),
     "decode": (
-        "prefix read densely, the rest teacher-forced through the decode path, one token per "
-        "step; token perplexity of the forced tokens"
+        "prefix read densely, what evicts drops rows of it, the rest teacher-forced through the "
+        "decode path, one token per step; token perplexity of the forced tokens"
     ),
 }
 _BLOCK_TOKENS: Final = 8
@@ -156,7 +158,7 @@ class Perplexity:
             "perplexity_dense": math.exp(math.fsum(reference) / len(reference)),
             **spelt("nll_delta", paired_interval(nll, reference, groups)),
         }
-        return {**found, **traffic_of(records)}
+        return {**found, **traffic_of(records), **_pace(records)}
 
     @property
     def _before(self) -> int:
@@ -195,7 +197,7 @@ def _whole_window(
     targets = window[0, 1:]
     for contender in contenders:
         values: dict[str, list[float]] = {}
-        with lm.using(contender.policy, contender.basis, "every_query"):
+        with lm.using(contender.policy, contender.basis, "every_query", contender.profile):
             done = 0
             for block in lm.extend(None, window):
                 rows = slice(done, min(done + len(block), len(targets)))
@@ -209,23 +211,28 @@ def _whole_window(
 def _decode_window(
     lm: LanguageModel, window: Tensor, before: int, contenders: Sequence[Contender]
 ) -> Iterator[tuple[Contender, Record]]:
-    prefix = lm.prefill(window[:, : before - 1])
+    prefix = read(lm, window[:, : before - 1], contenders)
     forced, targets = window[:, before - 1 : -1], window[0, before:]
     dense = torch.cat(list(lm.extend(lm.fork(prefix), forced)))
     for contender in contenders:
-        cache = lm.fork(prefix)
-        with lm.using(contender.policy, contender.basis, "decode"):
+        with contending(lm, prefix, contender) as cache:
+            began = perf_counter()
             steps = [next(lm.extend(cache, token)) for token in forced.T[:, None]]
-            traffic = lm.traffic
-            yield (
-                contender,
-                Record(
-                    values=compare(torch.cat(steps), dense, targets),
-                    decode_calls=traffic.sparse_calls,
-                    read_bytes=traffic.read_bytes,
-                    dense_bytes=traffic.dense_bytes,
-                ),
-            )
+            took = perf_counter() - began
+            notes = {"steps": len(steps), "seconds": took, "held_bytes": lm.held_bytes(cache)}
+            values = compare(torch.cat(steps), dense, targets)
+            yield contender, Record(values=values, **spent(lm), notes=notes)
+
+
+def _pace(records: Sequence[Record]) -> dict[str, float]:
+    """Steps per second, and what the cache held at the end, of records that know."""
+    notes = [record.notes for record in records if record.notes.get("seconds")]
+    if not notes:
+        return {}
+    return {
+        "tokens_per_s": sum(note["steps"] for note in notes) / sum(n["seconds"] for n in notes),
+        "held_bytes": max(note["held_bytes"] for note in notes),
+    }
 
 
 def _without(record: Record, metric: str) -> Record:

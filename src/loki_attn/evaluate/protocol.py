@@ -10,6 +10,7 @@ from torch import Tensor
 from loki_attn.basis import Basis
 from loki_attn.errors import InputError
 from loki_attn.policy import Policy
+from loki_attn.profile import Profile
 from loki_attn.types import AttentionCall, Mode
 
 
@@ -46,6 +47,8 @@ class Traffic(Protocol):
     dense_bytes: int
     rows_read: int
     rows_held: int
+    kept_bytes: int
+    evicted_rows: int
 
 
 class LanguageModel(Protocol):
@@ -82,7 +85,11 @@ class LanguageModel(Protocol):
         """Text of tokens."""
 
     def using(
-        self, policy: Policy | str, basis: Basis | None = None, mode: Mode = "decode"
+        self,
+        policy: Policy | str,
+        basis: Basis | None = None,
+        mode: Mode = "decode",
+        profile: Profile | None = None,
     ) -> AbstractContextManager[None]:
         """Attend by a policy inside the block."""
 
@@ -92,11 +99,17 @@ class LanguageModel(Protocol):
     def observing(self, observer: Callable[[Any], None]) -> AbstractContextManager[None]:
         """Call `observer` with an `Observation` per layer and forward inside the block."""
 
-    def prefill(self, ids: Tensor) -> Any:
-        """Read tokens int64 [1, n] into a new cache."""
+    def prefill(self, ids: Tensor, *, record: bool = False) -> Any:
+        """Read tokens int64 [1, n] into a new cache; `record` keeps what `compress` needs."""
 
     def fork(self, cache: Any) -> Any:
         """Copy a cache that was read densely."""
+
+    def compress(self, cache: Any) -> int:
+        """Drop from a cache that was read with `record` what the policy drops after a prompt."""
+
+    def held_bytes(self, cache: Any) -> int:
+        """Bytes that a cache holds, unused room included."""
 
     def extend(self, cache: Any, ids: Tensor) -> Iterator[Tensor]:
         """Read tokens int64 [1, n]; yield float32 logits [rows, vocabulary] on the CPU."""
@@ -105,11 +118,12 @@ class LanguageModel(Protocol):
 @final
 @dataclass(frozen=True, kw_only=True)
 class Contender:
-    """A policy with its basis, under a name, as it enters a comparison."""
+    """A policy with what was calibrated for it, under a name, as it enters a comparison."""
 
     name: str
     policy: Policy
     basis: Basis | None = None
+    profile: Profile | None = None
 
 
 def check_names(contenders: Sequence[Contender]) -> None:

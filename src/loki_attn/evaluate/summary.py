@@ -62,13 +62,15 @@ def flatten(
 
 
 def traffic_of(records: Iterable[Record]) -> dict[str, Any]:
-    """Selecting calls, and the share of the cache's bytes that decoding read."""
+    """Selecting calls, and shares of the bytes of all tokens' rows: read by decoding, and held."""
     kept = list(records)
     found: dict[str, Any] = {"selecting_calls": sum(r.decode_calls for r in kept)}
     if queries := sum(r.every_query_calls for r in kept):
         found["every_query_calls"] = queries
     if whole := sum(r.dense_bytes for r in kept):
         found["read_bytes_share"] = sum(r.read_bytes for r in kept) / whole
+        if held := sum(r.kept_bytes for r in kept):
+            found["kept_bytes_share"] = held / whole
     return found
 
 

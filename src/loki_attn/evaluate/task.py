@@ -40,7 +40,9 @@ class Record:
         decode_calls: Single-token layer calls that selected.
         every_query_calls: Multi-token layer calls in which every query selected.
         read_bytes: Cache bytes that single-token calls read.
-        dense_bytes: What dense attention would have read in the same calls.
+        dense_bytes: What dense attention over all tokens would have read in the same calls.
+        kept_bytes: What the rows held then, planes and marks included.
+        evicted_rows: Rows that were dropped, summed over layers and KV heads.
         notes: What else is worth keeping, plain JSON: the answer's text.
     """
 
@@ -49,6 +51,8 @@ class Record:
     every_query_calls: int = 0
     read_bytes: int = 0
     dense_bytes: int = 0
+    kept_bytes: int = 0
+    evicted_rows: int = 0
     notes: Mapping[str, Any] = field(default_factory=dict)
 
 

@@ -81,7 +81,8 @@ def sections(rows: Iterable[_Row]) -> list[Section]:
 def is_dense(row: _Row) -> bool:
     """Whether a row is of the dense reference."""
     select = row["policy"].get("select")
-    return isinstance(select, Mapping) and select.get("method") == "dense"
+    dense = isinstance(select, Mapping) and select.get("method") == "dense"
+    return dense and "evict" not in row["policy"]
 
 
 def series_name(contender: str) -> str:

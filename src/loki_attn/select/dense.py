@@ -8,8 +8,11 @@ Bytes read per decode step: per KV head, T * (head_dim + value_dim) * b.
 State per token: none.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, final
+
+from torch import Tensor
 
 from loki_attn.basis import LayerBasis
 from loki_attn.cache import LayerCache
@@ -24,9 +27,14 @@ class Dense(Select):
 
     method: ClassVar[str] = "dense"
 
-    def bind(self, shape: LayerShape, basis: LayerBasis | None) -> Selector:
+    def bind(
+        self,
+        shape: LayerShape,
+        basis: LayerBasis | None = None,
+        profile: Mapping[str, Tensor] | None = None,
+    ) -> Selector:
         """Bind to a layer; neither its sizes nor a basis matter."""
-        del shape, basis
+        del shape, basis, profile
         return _DenseSelector()
 
 

@@ -9,8 +9,11 @@ Bytes read per decode step: per KV head, T * head_dim * b for the keys and k * (
 State per token: none.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, final
+
+from torch import Tensor
 
 from loki_attn.basis import LayerBasis
 from loki_attn.cache import KEY, LayerCache
@@ -25,9 +28,14 @@ class ExactTopK(Select):
 
     method: ClassVar[str] = "exact_topk"
 
-    def bind(self, shape: LayerShape, basis: LayerBasis | None) -> Selector:
+    def bind(
+        self,
+        shape: LayerShape,
+        basis: LayerBasis | None = None,
+        profile: Mapping[str, Tensor] | None = None,
+    ) -> Selector:
         """Bind to a layer; neither its sizes nor a basis matter."""
-        del shape, basis
+        del shape, basis, profile
         return _ExactTopKSelector()
 
 

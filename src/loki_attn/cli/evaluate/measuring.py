@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from loki_attn.cli import terminal
-from loki_attn.cli.loading import find_basis, label, load_model, load_text, parse_policy
+from loki_attn.cli.loading import find_calibrated, label, load_model, load_text, parse_policy
 from loki_attn.errors import InputError
 
 if TYPE_CHECKING:
@@ -102,12 +102,14 @@ def make_contenders(specs: Sequence[str], model: str, basis: Path | None) -> "li
 
 
 def make_contender(spec: str, model: str, basis: Path | None) -> "Contender":
-    """Make a contender from a policy as it is typed, with the basis it needs."""
+    """Make a contender from a policy as it is typed, with what was calibrated for it."""
     from loki_attn.evaluate.protocol import Contender
 
-    policy, own = parse_policy(spec)
-    found = find_basis(policy, model, own or basis)
-    return Contender(name=label(spec), policy=policy, basis=None if found is None else found[1])
+    chosen = parse_policy(spec)
+    found = find_calibrated(chosen, model, basis)
+    return Contender(
+        name=label(spec), policy=chosen.policy, basis=found.basis, profile=found.profile
+    )
 
 
 @contextmanager

@@ -1,43 +1,46 @@
 """attach: put a policy on a model; everything the model did before still works, more cheaply."""
 
 import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, Self
 
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 from transformers import (
-    AttentionInterface,
-    AttentionMaskInterface,
     Cache,
-    PreTrainedConfig,
     PreTrainedModel,
 )
 from transformers.cache_utils import DynamicCache, DynamicLayer
-from transformers.masking_utils import sdpa_mask
 
-from loki_attn.attention import LayerPolicy, bind
+from loki_attn.attention import LayerPolicy
 from loki_attn.basis import Basis
-from loki_attn.cache import RowFormat
 from loki_attn.errors import CacheError, InputError, LokiAttnError
+from loki_attn.integrations.transformers.binding import Calibrated, bind_layers
+from loki_attn.integrations.transformers.dropping import Dropper
 from loki_attn.integrations.transformers.function import (
     IMPLEMENTATION,
     STATE,
     LayerState,
     Observer,
     Shared,
-    Traffic,
-    loki_attention,
 )
 from loki_attn.integrations.transformers.identity import identity
 from loki_attn.integrations.transformers.layers import LokiLayer
 from loki_attn.integrations.transformers.probe import (
     check_servable,
     probe_layers,
+    quiet,
     short_logits,
     verify,
 )
-from loki_attn.policy import Policy, as_policy
+from loki_attn.integrations.transformers.registering import implementations, register
+from loki_attn.integrations.transformers.rotary import find_ropes
+from loki_attn.integrations.transformers.traffic import Traffic
+from loki_attn.policy import Policy, as_policy, preset
+from loki_attn.profile import Profile
+from loki_attn.rope import Rope
 from loki_attn.types import LayerShape, Mode
 
 if TYPE_CHECKING:
@@ -51,6 +54,7 @@ def attach(
     policy: Policy | str = "loki",
     *,
     basis: Basis | str | None = None,
+    profile: Profile | str | None = None,
     mode: Mode = "decode",
     reserve_tokens: int = 0,
     verify_first: bool = True,
@@ -66,6 +70,7 @@ def attach(
             are not attached themselves, go on attending densely.
         policy: A `Policy`, the name of a preset, or the path of a policy's JSON file.
         basis: For methods that need one: a `Basis` or the path of its file.
+        profile: For methods that need one: a `Profile` or the path of its file.
         mode: "decode" selects on single-token steps and leaves prefill dense; "every_query"
             lets every query row select for itself (evaluation).
         reserve_tokens: Rows that a new cache allocates at once.
@@ -81,8 +86,8 @@ def attach(
         LokiAttnError: If the model is attached already, or policy, basis and model do not fit.
     """
     chosen = as_policy(policy, **overrides)
-    loaded = Basis.load(basis) if isinstance(basis, str) else basis
-    return Attachment(model, chosen, loaded, mode, reserve_tokens, verify_first=verify_first)
+    given = Calibrated.load(basis, profile)
+    return Attachment(model, chosen, given, mode, reserve_tokens, verify_first=verify_first)
 
 
 class Attachment:
@@ -92,6 +97,7 @@ class Attachment:
         model: The model.
         policy: The policy in use.
         basis: Its basis, or None.
+        profile: Its profile, or None.
         shapes: The full-attention layers, the ones that can become sparse, by layer index.
         attached: Whether the model still attends by the policy.
     """
@@ -100,7 +106,7 @@ class Attachment:
         self,
         model: PreTrainedModel,
         policy: Policy,
-        basis: Basis | None,
+        given: Calibrated,
         mode: Mode,
         reserve_tokens: int,
         *,
@@ -110,24 +116,27 @@ class Attachment:
         check_servable(model)
         self.model = model
         self.policy = policy
-        self.basis = basis
+        self.basis, self.profile = given.basis, given.profile
         self.shapes: dict[int, LayerShape] = {}
         self._owner = secrets.token_hex(8)
         self._reserve_tokens = reserve_tokens
         self._shared = Shared(mode=_checked_mode(mode))
+        self._dropper = Dropper(self._shared)
+        self._shared.after = lambda state, q_len: self._dropper.attended(state, q_len, self.shapes)
+        self._ropes: dict[int, Rope] | None = None
         self._identity: dict[str, JSON] | None = None
         self._hooks: list[RemovableHandle] = []
         self._states: dict[int, LayerState] = {}
         self._modules: list[nn.Module] = []
         stock = short_logits(model) if verify_first else None
-        self._previous = _implementations(model)
-        _register()
+        self._previous = implementations(model)
+        register()
         self.attached = True
         try:
             self._install()
             states = list(self._states.values())
             self.shapes = probe_layers(model, states)
-            self.use(policy, basis)
+            self.use(policy, given.basis, profile=given.profile)
             if stock is not None:
                 verify(model, self._shared, states, stock)
         except BaseException:
@@ -159,33 +168,66 @@ class Attachment:
         self._shared.always_select = value
 
     def use(
-        self, policy: Policy | str, basis: Basis | str | None = None, mode: Mode | None = None
+        self,
+        policy: Policy | str,
+        basis: Basis | str | None = None,
+        mode: Mode | None = None,
+        profile: Profile | str | None = None,
     ) -> None:
-        """Change the policy, its basis or the mode. Caches of unrotated rows follow by themselves.
+        """Change the policy, what it was calibrated with, or the mode.
+
+        Caches of unrotated rows follow by themselves; what an eviction had learnt is forgotten.
 
         Args:
             policy: The new policy, as in `attach`.
             basis: Its basis; None keeps the one in use.
             mode: None keeps the one in use.
+            profile: Its profile; None keeps the one in use.
 
         Raises:
-            LokiAttnError: If policy, basis and model do not fit; the old policy stays.
+            LokiAttnError: If policy, basis, profile and model do not fit; the old policy stays.
         """
         if not self.attached:
             raise LokiAttnError("This attachment was detached; attach the model anew.")
         chosen = as_policy(policy)
-        used = Basis.load(basis) if isinstance(basis, str) else basis or self.basis
+        given = Calibrated.load(basis or self.basis, profile or self.profile)
         wanted = self._shared.mode if mode is None else _checked_mode(mode)
-        if used is not None and chosen.select.needs_basis:
-            self._check_basis(used)
-        num_layers = self.model.config.get_text_config(decoder=True).num_hidden_layers
-        bound = {
-            index: bind(chosen, shape, num_layers, used if chosen.select.needs_basis else None)
-            for index, shape in self.shapes.items()
-        }
+        used = given.used_by(chosen)
+        if used != Calibrated():
+            if self._identity is None:
+                self._identity = identity(self.model)
+            used.check_model(self.shapes, self._identity)
+        ropes = self._rope_of_layers() if chosen.evict.moves_keys else {}
+        bound = bind_layers(self.model, self.shapes, chosen, used, ropes)
         for index, state in self._states.items():
             state.policy = bound.get(index)
-        self.policy, self.basis, self._shared.mode = chosen, used, wanted
+        self.policy, self._shared.mode = chosen, wanted
+        self.basis, self.profile = given.basis, given.profile
+
+    def compress(self, cache: Cache) -> int:
+        """Evict from a cache whose prompt was read densely, with its queries recorded.
+
+        The same rows go as if the policy had been in use while the prompt was read in one forward.
+
+        Args:
+            cache: A cache of this attachment that was filled inside `recording()`.
+
+        Returns:
+            Rows dropped, summed over layers and KV heads.
+
+        Raises:
+            CacheError: If its queries were not recorded, or rows have gone already.
+        """
+        return self._dropper.compress(self._states.values(), cache)
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """Keep the queries of prompts that are read inside the block, for `compress`."""
+        self._shared.recording = True
+        try:
+            yield
+        finally:
+            self._shared.recording = False
 
     def observe(self, observer: Observer | None) -> None:
         """Call `observer` with what each full-attention layer sees in every forward; None ends."""
@@ -289,9 +331,7 @@ class Attachment:
                 "the default dynamic cache: drop cache_implementation, or pass "
                 "past_key_values=attachment.cache()."
             )
-        row_format: RowFormat = state.policy.selector if state.policy else RowFormat()
-        if state.policy and layer.rows.row_format is not row_format:
-            layer.convert(row_format)
+        layer.follow(state.policy)
         layer.armed = True
         return layer
 
@@ -303,9 +343,7 @@ class Attachment:
         return layer
 
     def _new_layer(self, index: int, reserve_tokens: int) -> LokiLayer:
-        policy = self._states[index].policy
-        row_format = policy.selector if policy else RowFormat()
-        return LokiLayer(row_format, self._owner, reserve_tokens)
+        return LokiLayer(self._states[index].policy, self._owner, reserve_tokens)
 
     def _check_owner(self, layer: LokiLayer) -> None:
         if layer.owner != self._owner:
@@ -314,16 +352,21 @@ class Attachment:
                 "new one with past_key_values=attachment.cache()."
             )
 
-    def _check_basis(self, basis: Basis) -> None:
-        if self._identity is None:
-            self._identity = identity(self.model)
-        for shape in self.shapes.values():
-            basis.check_model(
-                layers=tuple(self.shapes),
-                num_kv_heads=shape.num_kv_heads,
-                head_dim=shape.head_dim,
-                model=self._identity,
-            )
+    def _rope_of_layers(self) -> dict[int, Rope]:
+        """The rotary embedding of every layer where it is known, found once."""
+        if self._ropes is None:
+            shared, policies = self._shared, [state.policy for state in self._states.values()]
+            observer, mode = shared.observer, shared.mode
+            plain = bind_layers(self.model, self.shapes, preset("dense"), Calibrated(), {})
+            for index, state in self._states.items():
+                state.policy = plain.get(index)
+            shared.mode = "decode"
+            with quiet(self.model):
+                self._ropes = find_ropes(self.model, self)
+            shared.observer, shared.mode = observer, mode
+            for state, policy in zip(self._states.values(), policies, strict=True):
+                state.policy = policy
+        return self._ropes
 
 
 def bound_layers(attachment: Attachment) -> dict[int, LayerPolicy]:
@@ -337,26 +380,8 @@ def _checked_mode(mode: Mode) -> Mode:
     return mode
 
 
-def _register() -> None:
-    """Make the attention function and its masks known; other names are untouched."""
-    AttentionInterface.register(IMPLEMENTATION, loki_attention)
-    AttentionMaskInterface.register(IMPLEMENTATION, sdpa_mask)
-
-
 def _let_go(state: LayerState) -> None:
     """End a forward: its cache may not be updated by anybody else."""
     if state.layer is not None:
         state.layer.armed = False
     state.layer = state.rotary = None
-
-
-def _implementations(model: PreTrainedModel) -> list[tuple[PreTrainedConfig, str | None]]:
-    """Every config of a model with its attention implementation, outer ones first."""
-    found: dict[int, PreTrainedConfig] = {}
-    queue = [module.config for module in model.modules() if isinstance(module, PreTrainedModel)]
-    while queue:
-        config = queue.pop(0)
-        found.setdefault(id(config), config)
-        inner = (getattr(config, name, None) for name in config.sub_configs)
-        queue += [c for c in inner if c is not None and id(c) not in found]
-    return [(config, config._attn_implementation) for config in found.values()]

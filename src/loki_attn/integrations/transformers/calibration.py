@@ -102,7 +102,7 @@ def collect_stats(
             f"Calibration needs at least one window of {window} tokens, the text has "
             f"{int(ids.numel())} (asked for {tokens}); give more text or a smaller window."
         )
-    _check_context(model, window)
+    check_context(model, window)
     run: dict[str, JSON] = {
         "model": identity(model),
         "corpus": dict(corpus or {}),
@@ -195,8 +195,12 @@ def _resume(partial: Path | None, run: Mapping[str, JSON]) -> tuple[KeyStats, in
     return stats, done
 
 
-def _check_context(model: PreTrainedModel, window: int) -> None:
-    """Refuse windows whose last positions the model has never been trained on."""
+def check_context(model: PreTrainedModel, window: int) -> None:
+    """Refuse windows, in tokens, whose last positions the model has never been trained on.
+
+    Raises:
+        InputError: If the window exceeds the model's context.
+    """
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if limit is not None and window > limit:
         raise InputError(

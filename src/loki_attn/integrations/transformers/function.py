@@ -7,13 +7,16 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from loki_attn import attention
 from loki_attn.attention import LayerPolicy
-from loki_attn.cache import KEY, VALUE, LayerCache
+from loki_attn.cache import LayerCache
 from loki_attn.errors import InputError, LokiAttnError, UnsupportedModelError
-from loki_attn.integrations.transformers.layers import LokiLayer
+from loki_attn.eviction import Turn
+from loki_attn.integrations.transformers.layers import LokiLayer, marks_of
+from loki_attn.integrations.transformers.traffic import Traffic, as_mask
 from loki_attn.kernels import ops
-from loki_attn.types import AttentionCall, Mode, Selection
+from loki_attn.serving import How, Served, rows_of_tokens, serve
+from loki_attn.shards import LayerRows
+from loki_attn.types import AttentionCall, Mode
 
 IMPLEMENTATION: Final = "loki_attn"
 STATE: Final = "_loki_attn_state"
@@ -72,60 +75,21 @@ Observer = Callable[[Observation], None]
 
 
 @dataclass
-class Traffic:
-    """What attention read since the last reset, full-attention layers only.
-
-    Attributes:
-        sparse_calls: Single-token layer calls that selected.
-        dense_calls: Single-token layer calls that read everything.
-        every_query_calls: Multi-token layer calls in which every query selected.
-        read_bytes: Cache bytes that the single-token calls read, planes included.
-        dense_bytes: Cache bytes that dense attention would have read for the same calls.
-        rows_read: Rows attended to, summed over calls and KV heads.
-        rows_held: Rows that were there, summed alike.
-    """
-
-    sparse_calls: int = 0
-    dense_calls: int = 0
-    every_query_calls: int = 0
-    read_bytes: int = 0
-    dense_bytes: int = 0
-    rows_read: int = 0
-    rows_held: int = 0
-
-    def reset(self) -> None:
-        """Start counting again."""
-        self.__init__()  # type: ignore[misc]
-
-    def record(self, cache: LayerCache, layer: LayerPolicy, selection: Selection | None) -> None:
-        """Count one single-token call of one layer."""
-        heads = cache.keys.shape[0] * cache.keys.shape[1]
-        row = cache.row_bytes(KEY, VALUE)
-        held = heads * cache.length
-        read = held if selection is None else _rows_read(selection, cache)
-        self.dense_bytes += held * row
-        self.read_bytes += read * row
-        self.rows_held += held
-        self.rows_read += read
-        if selection is None:
-            self.dense_calls += 1
-        else:
-            self.sparse_calls += 1
-            self.read_bytes += held * layer.selector.score_bytes(cache)
-
-
-@dataclass
 class Shared:
     """What all layers of one attachment share.
 
     `always_select` sends steps that would read everything through the selection as well: at full
-    budget the result must not change, which is how an attachment verifies itself.
+    budget the result must not change, which is how an attachment verifies itself. `recording`
+    keeps the queries of forwards of several tokens with the cache. `after` is called when a layer
+    has attended, with the number of query tokens.
     """
 
     mode: Mode = "decode"
     always_select: bool = False
     observer: Observer | None = None
     traffic: Traffic = field(default_factory=Traffic)
+    recording: bool = False
+    after: Callable[["LayerState", int], None] = lambda state, q_len: None
 
 
 @dataclass(frozen=True)
@@ -256,31 +220,43 @@ def _serve(
             f"The attention mask {tuple(visible.shape)} differs between heads; a sparse layer "
             "needs one mask for all heads, [batch, 1, q_len, seq]."
         )
-    shared, cache = state.shared, _rows_of(state, layer, key, value)
-    if shared.observer is not None:
+    shared, turn = state.shared, _turn_of(state, layer, key, value)
+    whole = turn.rows.whole
+    if shared.observer is not None and whole is not None:
         shared.observer(
-            Observation(state.index, query, cache.keys, value, call, visible, state.rotary)
+            Observation(state.index, query, whole.keys, value, call, visible, state.rotary)
         )
-    single, read = query.shape[2] == 1, visible
-    wanted = single or shared.mode == "every_query"
-    if not wanted or (layer.budget.is_dense(cache.length) and not shared.always_select):
-        if single:
-            shared.traffic.record(cache, layer, None)
-        out = attention.dense(query, cache, layer, call, visible)
-    elif single:
-        out, selection = attention.decode(query, cache, layer, call, visible)
-        shared.traffic.record(cache, layer, selection)
-        read = _as_mask(selection, cache.length, query.shape[1]) if weigh else None
-    elif weigh:
+    single = query.shape[2] == 1
+    how: How = "decode" if single else "dense"
+    if not single and shared.mode == "every_query":
+        how = "every_query"
+    if weigh and (how == "every_query" or whole is None):
         raise InputError(
-            "output_attentions cannot be had in mode 'every_query'; use attachment.observe, or "
-            "mode='decode'."
+            "output_attentions cannot be had in mode 'every_query', or of a layer whose heads hold "
+            "different numbers of rows; use attachment.observe, or mode='decode'."
         )
-    else:
-        shared.traffic.every_query_calls += 1
-        out = attention.every_query(query, cache, layer, call, visible)
-    rows_query = layer.selector.query_rows(query) if weigh else query
-    return out, _weights(rows_query, cache.keys, call, read) if weigh else None
+    out, done = serve(query, turn, layer, call, visible, how, always=shared.always_select)
+    for served in done if single else ():
+        shared.traffic.record(served)
+    shared.traffic.every_query_calls += any(served.how == "every_query" for served in done)
+    weights = _weights_of(done[0], query, call, visible) if weigh else None
+    if state.layer is not None:
+        if shared.recording and not single:
+            state.layer.record(query)
+        shared.after(state, query.shape[2])
+    return out, weights
+
+
+def _weights_of(
+    served: Served, query: Tensor, call: AttentionCall, visible: Tensor | None
+) -> Tensor:
+    """The soft-max weights of the rows that a call read, 0 for the others."""
+    cache, read = served.shard.cache, visible
+    if served.selection is not None:
+        read = as_mask(served.selection, cache.length, query.shape[1])
+    elif visible is not None:
+        read = rows_of_tokens(served.shard, visible)
+    return _weights(served.layer.selector.query_rows(query), cache.keys, call, read)
 
 
 def _weights(query: Tensor, keys: Tensor, call: AttentionCall, read: Tensor | None) -> Tensor:
@@ -291,46 +267,38 @@ def _weights(query: Tensor, keys: Tensor, call: AttentionCall, read: Tensor | No
     return ops().estimated_weights(logits, read, call).to(query.dtype)
 
 
-def _as_mask(selection: Selection, length: int, heads: int) -> Tensor:
-    """Bool [batch, heads, 1, length]: the rows of a selection."""
-    indices = selection.indices
-    marks = indices.new_zeros((*indices.shape[:2], length + 1), dtype=torch.bool)
-    marks.scatter_(2, indices.masked_fill(indices < 0, length), value=True)
-    return marks[..., None, :-1].repeat_interleave(heads // indices.shape[1], 1)
-
-
-def _rows_of(state: LayerState, layer: LayerPolicy, key: Tensor, value: Tensor) -> LayerCache:
-    """The cache behind these keys, or a passing one where the model runs without a cache."""
+def _turn_of(state: LayerState, layer: LayerPolicy, key: Tensor, value: Tensor) -> Turn:
+    """The rows behind these keys, or passing ones where the model runs without a cache."""
     if state.layer is None:
-        cache = LayerCache(layer.selector)
-        cache.append(key, value)
-        return cache
-    rows = state.layer.rows
-    if not (_is_same(key, rows.keys) and _is_same(value, rows.values)):
+        rows = LayerRows(LayerCache(layer.selector, marks=marks_of(layer)))
+        rows.append(key, value)
+        return Turn(rows=rows)
+    held = state.layer
+    if not (_is_same(key, held.keys) and _is_same(value, held.values)):
         raise UnsupportedModelError(
             f"Layer {state.index} changed the keys or values after the cache returned them "
             "(as multi-head latent attention does); such layers cannot be served."
         )
-    return rows
+    return held.turn
 
 
 def _look(
     state: LayerState, query: Tensor, key: Tensor, value: Tensor, kwargs: dict[str, Any]
 ) -> Seen:
     """Note what the probe needs to know about a layer."""
-    rows = None if state.layer is None else state.layer.rows
+    held = state.layer
     return Seen(
         query_shape=tuple(query.shape),
         key_shape=tuple(key.shape),
         value_shape=tuple(value.shape),
         sliding=kwargs.get("sliding_window") is not None or "Sliding" in state.cache_layer,
-        cached=rows is not None,
-        handed_off=rows is None or (_is_same(key, rows.keys) and _is_same(value, rows.values)),
+        cached=held is not None,
+        handed_off=held is None or (_is_same(key, held.keys) and _is_same(value, held.values)),
     )
 
 
-def _is_same(given: Tensor, rows: Tensor) -> bool:
-    return given.shape == rows.shape and given.data_ptr() == rows.data_ptr()
+def _is_same(given: Tensor, rows: Tensor | None) -> bool:
+    return rows is not None and given.shape == rows.shape and given.data_ptr() == rows.data_ptr()
 
 
 def _read_call(query: Tensor, scaling: float | None, kwargs: dict[str, Any]) -> AttentionCall:
@@ -365,13 +333,3 @@ def _visible(
             "that show or hide rows can be served."
         )
     return visible
-
-
-def _rows_read(selection: Selection, cache: LayerCache) -> int:
-    """Physical rows: a choice per query head reads the union of its group."""
-    kv_heads = cache.keys.shape[1]
-    choosers = selection.indices.shape[1]
-    if choosers == kv_heads:
-        return int(selection.counts.sum())
-    marks = _as_mask(selection, cache.length, choosers)
-    return int(marks.view(marks.shape[0], kv_heads, -1, cache.length).any(2).sum())

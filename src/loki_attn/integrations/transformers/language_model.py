@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, Final, Self
 
 import torch
@@ -12,9 +12,12 @@ from transformers import Cache, PreTrainedModel
 from loki_attn.artefact import JSON
 from loki_attn.basis import Basis
 from loki_attn.integrations.transformers.attachment import Attachment, attach
-from loki_attn.integrations.transformers.function import Observer, Traffic
+from loki_attn.integrations.transformers.function import Observer
 from loki_attn.integrations.transformers.identity import identity
+from loki_attn.integrations.transformers.layers import cache_bytes
+from loki_attn.integrations.transformers.traffic import Traffic
 from loki_attn.policy import Policy, as_policy
+from loki_attn.profile import Profile
 from loki_attn.types import Mode
 
 Progress = Callable[[int, int], None]
@@ -92,12 +95,16 @@ class TransformersLM:
 
     @contextmanager
     def using(
-        self, policy: Policy | str, basis: Basis | None = None, mode: Mode = "decode"
+        self,
+        policy: Policy | str,
+        basis: Basis | None = None,
+        mode: Mode = "decode",
+        profile: Profile | None = None,
     ) -> Iterator[None]:
         """Attend by a policy inside the block, densely after it; counts traffic from zero."""
         # A basis holds for one block: the next policy must not find what the last one left.
-        self._attachment.basis = None
-        self._attachment.use(as_policy(policy), basis, mode)
+        self._attachment.basis = self._attachment.profile = None
+        self._attachment.use(as_policy(policy), basis, mode, profile)
         self.traffic.reset()
         try:
             yield
@@ -124,6 +131,7 @@ class TransformersLM:
         reserve_tokens: int = 64,
         chunk_tokens: int | None = None,
         progress: Progress | None = None,
+        record: bool = False,
     ) -> Cache:
         """Read tokens int64 [batch, n] into a new cache; logits are not computed.
 
@@ -132,11 +140,13 @@ class TransformersLM:
             reserve_tokens: Room for tokens that will follow.
             chunk_tokens: Tokens per forward; None reads all at once.
             progress: Called after every forward with the tokens done and the tokens to do.
+            record: Keep the queries with the cache, so that `compress` can judge its rows.
         """
         total = ids.shape[1]
         cache, done = self._attachment.cache(reserve_tokens=total + reserve_tokens), 0
         for chunk in torch.split(ids, chunk_tokens or total, dim=1):
-            with torch.inference_mode():
+            recording = self._attachment.recording() if record else nullcontext()
+            with recording, torch.inference_mode():
                 self.model.base_model(
                     input_ids=chunk.to(self.model.device), past_key_values=cache, use_cache=True
                 )
@@ -148,6 +158,14 @@ class TransformersLM:
     def fork(self, cache: Cache) -> Cache:
         """Return an independent copy of a cache that was read densely."""
         return copy.deepcopy(cache)
+
+    def compress(self, cache: Cache) -> int:
+        """Drop from a cache that was read with `record` what the policy drops after a prompt."""
+        return self._attachment.compress(cache)
+
+    def held_bytes(self, cache: Cache) -> int:
+        """Bytes that a cache holds, unused room included."""
+        return cache_bytes(cache)
 
     def crop(self, cache: Cache, tokens: int) -> None:
         """Forget the last `tokens` tokens of a cache."""

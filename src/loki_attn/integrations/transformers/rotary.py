@@ -1,13 +1,13 @@
 """Undo rotary position embeddings, to see keys as they were before."""
 
-from typing import Final, Literal
+from typing import Final, Literal, Protocol
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from loki_attn.integrations.transformers.attachment import Attachment
-from loki_attn.integrations.transformers.function import Observation
+from loki_attn.integrations.transformers.function import Observation, Observer
+from loki_attn.rope import Rope
 
 Layout = Literal["none", "halves", "pairs"]
 """Which dimensions turn together: none, i and i + half (Llama), or neighbours (GLM, Cohere)."""
@@ -17,6 +17,8 @@ _TOKENS: Final = 12
 _POSITION: Final = 32
 # Wrong layouts change most of a key, the right one by rounding only.
 _CLEARLY: Final = 0.1
+# bfloat16 angles are off by up to 2^-9.
+_ANGLE_TOLERANCE: Final = 4e-3
 
 
 def undo_rotary(
@@ -59,7 +61,62 @@ def undo_rotary(
     return torch.cat([torch.stack(before, -1).flatten(-2), rest], -1)
 
 
-def find_layouts(model: PreTrainedModel, attachment: Attachment) -> dict[int, Layout]:
+class Observed(Protocol):
+    """An attachment, as far as it is looked at here."""
+
+    def observe(self, observer: Observer | None) -> None:
+        """Call an observer with what every layer sees."""
+
+
+def find_ropes(model: PreTrainedModel, attachment: Observed) -> dict[int, Rope]:
+    """Find how each full-attention layer rotates; layers that do not tell are left out.
+
+    Frequencies come from the model's rotary modules, and are believed only where they explain the
+    angles that the layer was given. So rotations that change with the length of the text, which
+    cannot be undone by a shift, are left out as well as unknown ones.
+
+    Args:
+        model: The model, attached densely.
+        attachment: Its attachment; its observer is replaced.
+    """
+    layouts = find_layouts(model, attachment)
+    here = _look(model, attachment, position=_POSITION)
+    held = [m.inv_freq for m in model.modules() if isinstance(getattr(m, "inv_freq", None), Tensor)]
+    found: dict[int, Rope] = {}
+    for index, layout in layouts.items():
+        rotary = here[index].rotary
+        if layout == "none" or rotary is None or _changes_with_length(model):
+            continue
+        for frequencies in held:
+            if _explains(frequencies, rotary):
+                plain = frequencies.detach().float().cpu()
+                found[index] = Rope(frequencies=plain, layout=layout)
+    return found
+
+
+def _explains(frequencies: Tensor, rotary: tuple[Tensor, Tensor]) -> bool:
+    """Whether angles at `_POSITION` are those of these frequencies, up to a common scale."""
+    cos, sin = (part[0, -1].double().cpu() for part in rotary)
+    if cos.shape[0] not in (frequencies.shape[0], 2 * frequencies.shape[0]):
+        return False
+    angle = frequencies.double().cpu() * _POSITION
+    for both in (torch.cat([angle, angle]), angle.repeat_interleave(2), angle):
+        if both.shape == cos.shape:
+            scale = float((cos.square() + sin.square()).mean().sqrt())
+            off = torch.stack([cos / scale - both.cos(), sin / scale - both.sin()]).abs().max()
+            if float(off) < _ANGLE_TOLERANCE:
+                return True
+    return False
+
+
+def _changes_with_length(model: PreTrainedModel) -> bool:
+    """Whether the model's rotary frequencies depend on the length of the text."""
+    config = model.config.get_text_config(decoder=True)
+    told = str(getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None))
+    return "dynamic" in told or "longrope" in told
+
+
+def find_layouts(model: PreTrainedModel, attachment: Observed) -> dict[int, Layout]:
     """Ask a model how each full-attention layer rotates; layers that do not tell are left out.
 
     A token without a past computes the same at every position, but for the rotation of its keys.
@@ -82,7 +139,7 @@ def find_layouts(model: PreTrainedModel, attachment: Attachment) -> dict[int, La
     return layouts
 
 
-def _look(model: PreTrainedModel, attachment: Attachment, position: int) -> dict[int, Observation]:
+def _look(model: PreTrainedModel, attachment: Observed, position: int) -> dict[int, Observation]:
     """What the layers see of a batch of single tokens at one position."""
     found: dict[int, Observation] = {}
     attachment.observe(lambda seen: found.update({seen.layer_index: seen}))

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from time import perf_counter
-from typing import Any, final
+from typing import final
 
 import torch
 from torch import Tensor
@@ -17,9 +17,10 @@ from loki_attn.basis import Basis
 from loki_attn.budget import Budget
 from loki_attn.errors import InputError
 from loki_attn.integrations.transformers.attachment import Attachment, attach
-from loki_attn.integrations.transformers.layers import LokiLayer
+from loki_attn.integrations.transformers.layers import cache_bytes
 from loki_attn.models.noise import quiet
-from loki_attn.policy import Policy
+from loki_attn.policy import Policy, preset
+from loki_attn.profile import Profile
 
 
 @final
@@ -79,8 +80,7 @@ class Speaker:
     @property
     def cache_bytes(self) -> int:
         """What the cache holds, unused room included."""
-        layers = [] if self._cache is None else self._cache.layers
-        return sum(_layer_bytes(layer) for layer in layers)
+        return 0 if self._cache is None else cache_bytes(self._cache)
 
     def selects_at(self, context: int) -> bool:
         """Whether steps at this many tokens are expected to select."""
@@ -152,7 +152,10 @@ class Speaker:
             yield
             return
         attachment, policy = self.attachment, self.attachment.policy
-        whole = policy if policy.select.method == "dense" else replace(policy, budget=Budget())
+        plain = preset("dense")
+        whole = replace(policy, evict=plain.evict, keep=plain.keep)
+        if policy.select.method != "dense":
+            whole = replace(whole, budget=Budget())
         attachment.use(whole)
         attachment.always_select = True
         try:
@@ -163,10 +166,15 @@ class Speaker:
             self.end()
 
 
-def attached_twin(model: PreTrainedModel, policy: Policy, basis: Basis | None) -> Speaker:
+def attached_twin(
+    model: PreTrainedModel,
+    policy: Policy,
+    basis: Basis | None,
+    profile: Profile | None = None,
+) -> Speaker:
     """A speaker of the same weights that attends by a policy; the model itself stays stock."""
     other = twin(model)
-    return Speaker(other, attach(other, policy, basis=basis))
+    return Speaker(other, attach(other, policy, basis=basis, profile=profile))
 
 
 @final
@@ -186,10 +194,3 @@ class _Clock(BaseStreamer):
 
     def end(self) -> None:
         """Nothing more comes."""
-
-
-def _layer_bytes(layer: Any) -> int:
-    if isinstance(layer, LokiLayer):
-        return layer.rows.nbytes()
-    held = (getattr(layer, name, None) for name in ("keys", "values"))
-    return sum(rows.nbytes for rows in held if rows is not None)

@@ -1,0 +1,1 @@
+"""What eviction methods are composed of: recent queries, group reduction, smoothing, units."""
