@@ -241,6 +241,29 @@ int loki_append(const loki_append_call* call) {
   return run_append(c);
 }
 
+int loki_column_sums(const loki_column_call* call) {
+  if (call == nullptr) return LOKI_NULL_POINTER;
+  const loki_column_call& c = *call;
+  if (c.query == nullptr || c.out == nullptr) return LOKI_NULL_POINTER;
+  if (c.batch < 1 || c.kv_heads < 1 || c.group < 1 || c.seq < 1 || c.seq > kMostRows)
+    return LOKI_BAD_SIZE;
+  if (c.q_len < 1 || c.q_len > kMostRows || c.window < 1 || c.window > c.q_len) return LOKI_BAD_SIZE;
+  if (c.visible == nullptr && c.q_len > c.seq) return LOKI_BAD_SIZE;
+  if (!floats(c.query_dtype)) return LOKI_BAD_DTYPE;
+  if (const int bad = check_rows(c.keys)) return bad;
+  return run_columns(c);
+}
+
+int loki_hamming(const loki_hamming_call* call) {
+  if (call == nullptr) return LOKI_NULL_POINTER;
+  const loki_hamming_call& c = *call;
+  if (c.query == nullptr || c.codes == nullptr || c.out == nullptr) return LOKI_NULL_POINTER;
+  if (c.batch < 1 || c.kv_heads < 1 || c.group < 1 || c.seq < 1 || c.seq > kMostRows)
+    return LOKI_BAD_SIZE;
+  if (c.q_len < 1 || c.q_len > kMostRows || c.words < 1 || c.words > kMostDim) return LOKI_BAD_SIZE;
+  return run_hamming(c);
+}
+
 int loki_abi(void) { return LOKI_ATTN_ABI; }
 
 const char* loki_isas(void) {

@@ -53,9 +53,25 @@ struct RowList {
   int64_t count;
 };
 
+// Words of a key in a panel: floats, or bfloat16 in pairs.
+static constexpr int64_t panel_lines(int64_t dim, bool paired) { return paired ? (dim + 1) / 2 : dim; }
+
+// Query rows that meet a chunk of keys.
+struct ColumnRows {
+  const float* rows;  // `stride` floats apart, as `prepare_rows` writes them
+  int64_t stride, count;
+  int64_t lines;      // of the panel
+  bool paired;
+  const int64_t* seen;            // [count]: how many of the keys a query may see, the first ones
+  const uint8_t* const* visible;  // null, or [count] marks of the keys
+  const float* bias;              // null, or one of each key, whole registers
+  float scaling, cap;
+};
+
 // Kernels of one instruction set. Logits are [heads, stride]; all float buffers are 64-byte aligned.
 struct Kernels {
   const char* name;
+  bool pairs;  // bfloat16 is multiplied in pairs
 
   // Words per query head that `prepare_lead` writes.
   int64_t (*lead_words)(int64_t kind, int64_t lines);
@@ -99,6 +115,21 @@ struct Kernels {
   void (*merge)(const float* peaks, const float* totals, const float* sums, int64_t chunks,
                 int64_t chunk_heads, int64_t sums_stride, int64_t value_dim, const float* sink,
                 int64_t dtype, void* out, float* log_sum_exp, float* peak, float* total);
+
+  // Keys as a panel, see columns.h; `count` addresses, a multiple of 16.
+  void (*key_panel)(const void* const* rows, int64_t count, int64_t dtype, int64_t dim, bool paired,
+                    float* panel);
+  // Powers of the keys' logits, [row, kChunk], each row relative to its own peak in units of log2(e).
+  void (*column_powers)(const ColumnRows& queries, const float* panel, int64_t count, float* out,
+                        float* peaks, float* totals);
+  // Of 16 query rows: peaks and totals of all chunks, `stride` apart; peaks become factors of powers.
+  void (*column_factors)(float* peaks, const float* totals, int64_t chunks, int64_t stride,
+                         const float* sinks);
+  // Adds powers times factors of `rows` query rows to the sums, or keeps the largest.
+  void (*column_add)(const float* powers, const float* factors, int64_t rows, int64_t count,
+                     bool largest, float* sums);
+  void (*differing_bits)(const char* codes, int64_t stride, int64_t count, int64_t words,
+                         const uint32_t* query, float* out);
   uint64_t (*sum_bytes)(const void* data, int64_t bytes);
 };
 

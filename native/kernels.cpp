@@ -2,6 +2,7 @@
 #include "append.h"
 #include "attend.h"
 #include "choose.h"
+#include "columns.h"
 #include "score.h"
 
 namespace loki {
@@ -12,9 +13,10 @@ namespace LOKI_ISA {
 
 extern const Kernels kKernels;
 const Kernels kKernels = {
-    LOKI_TEXT(LOKI_ISA), lead_words,   prepare_lead, prepare_rows, project, encode, tile_logits,
-    row_logits,          soft_cap,     exponentials, weigh,        largest, settle, choose,
-    attend,              merge,        sum_words,
+    LOKI_TEXT(LOKI_ISA), kPairDot,      lead_words,     prepare_lead, prepare_rows,   project,
+    encode,              tile_logits,   row_logits,     soft_cap,     exponentials,   weigh,
+    largest,             settle,        choose,         attend,       merge,          key_panel,
+    column_powers,       column_factors, column_add,    differing_bits, sum_words,
 };
 
 }  // namespace LOKI_ISA

@@ -11,7 +11,7 @@
 extern "C" {
 #endif
 
-#define LOKI_ATTN_ABI 1
+#define LOKI_ATTN_ABI 2
 #define LOKI_EXPORT __attribute__((visibility("default")))
 
 enum loki_status {
@@ -135,12 +135,46 @@ typedef struct {
   int64_t* counts;                 // [batch, choosers]
 } loki_choose_call;
 
+// What every key receives of the attention of many queries.
+typedef struct {
+  int64_t batch, kv_heads, group;  // query heads = kv_heads * group
+  int64_t seq;                     // keys
+  int64_t q_len;                   // queries; at most `seq` where `visible` is null
+  int64_t window;                  // how many of them count, the last ones: 1..q_len
+  loki_rows keys;
+  const void* query;               // [batch, heads, q_len, keys.dim]
+  int64_t query_dtype;
+  int64_t query_batch_stride, query_head_stride, query_row_stride;
+  double scaling, softcap;         // as in loki_call
+  const float* sink_logits;        // null, or [heads]
+  const uint8_t* visible;          // bytes [batch or 1, kv_heads or 1, q_len, seq]; null: causal, the
+                                   // queries are the last rows
+  int64_t visible_batch_stride, visible_head_stride, visible_row_stride;
+  const float* bias;               // null, or [batch, kv_heads, seq], added to the capped logits
+  int64_t bias_batch_stride, bias_head_stride;
+  int64_t largest;                 // 0: sums of weights, else the largest one
+  float* out;                      // [batch, heads, seq]
+} loki_column_call;
+
+// How many bits differ between codes of queries and of keys.
+typedef struct {
+  int64_t batch, kv_heads, group, seq, q_len;
+  int64_t words;                   // of 32 bits
+  const int32_t* query;            // [batch, heads, q_len, words]
+  int64_t query_batch_stride, query_head_stride, query_row_stride;
+  const int32_t* codes;            // [batch, kv_heads, seq, words]
+  int64_t codes_batch_stride, codes_head_stride, codes_row_stride;
+  float* out;                      // [batch, heads, q_len, seq]
+} loki_hamming_call;
+
 LOKI_EXPORT int loki_score(const loki_call*);   // estimated logits of every row
 LOKI_EXPORT int loki_attend(const loki_call*);  // exact attention to `indices`
 LOKI_EXPORT int loki_dense(const loki_call*);   // exact attention to every visible row
 LOKI_EXPORT int loki_step(const loki_call*);    // score, choose, attend in one
 LOKI_EXPORT int loki_choose(const loki_choose_call*);
 LOKI_EXPORT int loki_append(const loki_append_call*);
+LOKI_EXPORT int loki_column_sums(const loki_column_call*);
+LOKI_EXPORT int loki_hamming(const loki_hamming_call*);
 
 LOKI_EXPORT int loki_abi(void);
 LOKI_EXPORT const char* loki_isas(void);         // the ones that run here, best first, "a,b,c"

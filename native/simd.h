@@ -95,6 +95,9 @@ static inline int64_t compress_rows(Mask m, const int32_t* rows, int32_t* out) {
   for (unsigned left = bits(m); left; left &= left - 1u) out[n++] = rows[__builtin_ctz(left)];
   return n;
 }
+
+// Codes are counted row by row.
+static inline int64_t wide_differing_bits(const char*, int64_t, int64_t, const uint32_t*, float*) { return 0; }
 #endif
 
 static inline float largest_of(F32 x) {

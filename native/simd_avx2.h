@@ -19,6 +19,8 @@ struct Mask {
 constexpr bool kPairDot = false;
 constexpr int kTilesAtOnce = 1;
 constexpr int kValueVectors = 1;
+// Query rows, and vectors of keys, whose products stay in registers.
+constexpr int kColumnRows = 6, kColumnVectors = 1;
 
 static inline F32 set1(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
 static inline F32 load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
@@ -77,6 +79,39 @@ static inline __m256 power_of_two_half(__m256 n) {
 }
 // For whole numbers in -126..127; others, and NaN, give some number.
 static inline F32 power_of_two(F32 n) { return {power_of_two_half(n.a), power_of_two_half(n.b)}; }
+
+static inline void transpose_half(const __m256* x, __m256* out) {
+  __m256 t[8], u[8];
+  for (int i = 0; i < 8; i += 2) {
+    t[i] = _mm256_unpacklo_ps(x[i], x[i + 1]);
+    t[i + 1] = _mm256_unpackhi_ps(x[i], x[i + 1]);
+  }
+  for (int i = 0; i < 8; i += 4) {
+    u[i] = _mm256_shuffle_ps(t[i], t[i + 2], 0x44);
+    u[i + 1] = _mm256_shuffle_ps(t[i], t[i + 2], 0xEE);
+    u[i + 2] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0x44);
+    u[i + 3] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0xEE);
+  }
+  for (int i = 0; i < 4; ++i) {
+    out[i] = _mm256_permute2f128_ps(u[i], u[i + 4], 0x20);
+    out[i + 4] = _mm256_permute2f128_ps(u[i], u[i + 4], 0x31);
+  }
+}
+// Word j of register i becomes word i of register j.
+static inline void transpose(F32* x) {
+  for (int half = 0; half < 16; half += 8) {  // words 0..7 of all registers, then 8..15
+    __m256 in[16], out[16];
+    for (int i = 0; i < 16; ++i) in[i] = half ? x[i].b : x[i].a;
+    transpose_half(in, out);
+    transpose_half(in + 8, out + 8);
+    for (int i = 0; i < 16; ++i) (half ? x[i].b : x[i].a) = out[i];
+  }
+  for (int i = 0; i < 8; ++i) {
+    const F32 low = {x[i].a, x[i + 8].a}, high = {x[i].b, x[i + 8].b};
+    x[i] = low;
+    x[i + 8] = high;
+  }
+}
 
 static inline __m256 halves(F32 x) { return _mm256_add_ps(x.a, x.b); }
 static inline void store_sums(float* out, F32 a, F32 b, F32 c, F32 d) {

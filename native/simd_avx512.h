@@ -18,6 +18,8 @@ constexpr bool kPairDot = false;
 // Accumulators of four heads that stay in registers, beside the row that feeds them.
 constexpr int kValueVectors = 4;
 constexpr int kTilesAtOnce = 2;
+// Query rows, and vectors of keys, whose products stay in registers.
+constexpr int kColumnRows = 6, kColumnVectors = 4;
 
 static inline F32 set1(float x) { return _mm512_set1_ps(x); }
 static inline F32 load(const float* p) { return _mm512_loadu_ps(p); }
@@ -52,6 +54,31 @@ static inline void store_sums(float* out, F32 a, F32 b, F32 c, F32 d) {
   const __m512 s = _mm512_add_ps(_mm512_shuffle_ps(t, u, 0x44), _mm512_shuffle_ps(t, u, 0xEE));
   const __m256 h = _mm256_add_ps(_mm512_castps512_ps256(s), _mm512_extractf32x8_ps(s, 1));
   _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(h), _mm256_extractf128_ps(h, 1)));
+}
+
+// Word j of register i becomes word i of register j.
+static inline void transpose(F32* x) {
+  __m512 t[16], u[16];
+  for (int i = 0; i < 16; i += 2) {
+    t[i] = _mm512_unpacklo_ps(x[i], x[i + 1]);
+    t[i + 1] = _mm512_unpackhi_ps(x[i], x[i + 1]);
+  }
+  const auto low = [](F32 a, F32 b) { return _mm512_shuffle_ps(a, b, 0x44); };
+  const auto high = [](F32 a, F32 b) { return _mm512_shuffle_ps(a, b, 0xEE); };
+  for (int i = 0; i < 16; i += 4) {
+    u[i] = low(t[i], t[i + 2]);
+    u[i + 1] = high(t[i], t[i + 2]);
+    u[i + 2] = low(t[i + 1], t[i + 3]);
+    u[i + 3] = high(t[i + 1], t[i + 3]);
+  }
+  for (int i = 0; i < 4; ++i) {  // quarters of registers
+    const __m512 a = _mm512_shuffle_f32x4(u[i], u[i + 4], 0x88), b = _mm512_shuffle_f32x4(u[i + 8], u[i + 12], 0x88);
+    const __m512 c = _mm512_shuffle_f32x4(u[i], u[i + 4], 0xDD), d = _mm512_shuffle_f32x4(u[i + 8], u[i + 12], 0xDD);
+    x[i] = _mm512_shuffle_f32x4(a, b, 0x88);
+    x[i + 4] = _mm512_shuffle_f32x4(c, d, 0x88);
+    x[i + 8] = _mm512_shuffle_f32x4(a, b, 0xDD);
+    x[i + 12] = _mm512_shuffle_f32x4(c, d, 0xDD);
+  }
 }
 
 static inline F32 widen_bf16(__m256i x) {
@@ -89,6 +116,9 @@ static inline Pairs load_pairs_part(const void* p, int n) {
 static inline F32 dot_pairs(F32 acc, Pairs a, Pairs b) {
   return _mm512_dpbf16_ps(acc, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));
 }
+// Registers of words, whatever the words hold.
+static inline F32 words_of(Pairs x) { return _mm512_castsi512_ps(x); }
+static inline Pairs pairs_of(F32 x) { return _mm512_castps_si512(x); }
 constexpr int kPairWords = 1;
 struct PairLine {
   __m512i x;
@@ -167,6 +197,27 @@ static inline int64_t compress(Mask m, F32 values, int32_t row, float* out, int3
 static inline int64_t compress_rows(Mask m, const int32_t* rows, int32_t* out) {
   _mm512_storeu_si512(out, _mm512_maskz_compress_epi32(m, _mm512_loadu_si512(rows)));
   return __builtin_popcount(m);
+}
+
+// Codes of four words, eight at a time; how many rows were done. The instruction came later than those
+// that this file is compiled for.
+__attribute__((target("avx512vpopcntdq"))) static inline int64_t count_four_words(
+    const char* codes, int64_t count, const uint32_t* query, float* out) {
+  const __m512i q = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(query)));
+  const __m512i order = _mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7);
+  int64_t t = 0;
+  for (; t + 8 <= count; t += 8, codes += 128) {
+    const __m512i a = _mm512_popcnt_epi64(_mm512_xor_si512(q, _mm512_loadu_si512(codes)));
+    const __m512i b = _mm512_popcnt_epi64(_mm512_xor_si512(q, _mm512_loadu_si512(codes + 64)));
+    const __m512i sums = _mm512_add_epi64(_mm512_unpacklo_epi64(a, b), _mm512_unpackhi_epi64(a, b));
+    _mm256_storeu_ps(out + t, _mm512_cvtepi64_ps(_mm512_permutexvar_epi64(order, sums)));
+  }
+  return t;
+}
+static inline int64_t wide_differing_bits(const char* codes, int64_t count, int64_t words,
+                                          const uint32_t* query, float* out) {
+  static const bool counts = __builtin_cpu_supports("avx512vpopcntdq");
+  return counts && words == 4 ? count_four_words(codes, count, query, out) : 0;
 }
 
 static inline uint64_t sum_words(const void* data, int64_t bytes) {

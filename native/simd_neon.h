@@ -19,6 +19,8 @@ struct Mask {
 constexpr bool kPairDot = false;
 constexpr int kTilesAtOnce = 1;
 constexpr int kValueVectors = 1;
+// Query rows, and vectors of keys, whose products stay in registers.
+constexpr int kColumnRows = 6, kColumnVectors = 1;
 
 #define LOKI_FOUR(TYPE, EXPRESSION)                    \
   TYPE out;                                            \
@@ -79,6 +81,29 @@ static inline void store_sums(float* out, F32 a, F32 b, F32 c, F32 d) {
   vst1q_f32(out, vpaddq_f32(ab, cd));
 }
 static inline float sum(F32 x) { return vaddvq_f32(quarters(x)); }
+
+static inline float32x4_t low_pairs(float32x4_t a, float32x4_t b) {
+  return vcombine_f32(vget_low_f32(a), vget_low_f32(b));
+}
+static inline float32x4_t high_pairs(float32x4_t a, float32x4_t b) {
+  return vcombine_f32(vget_high_f32(a), vget_high_f32(b));
+}
+// Word j of register i becomes word i of register j.
+static inline void transpose(F32* x) {
+  F32 out[16];
+  for (int r = 0; r < 4; ++r) {
+    for (int c = 0; c < 4; ++c) {
+      const float32x4_t a = x[4 * r].v[c], b = x[4 * r + 1].v[c], d = x[4 * r + 2].v[c], e = x[4 * r + 3].v[c];
+      const float32x4_t ab0 = vtrn1q_f32(a, b), ab1 = vtrn2q_f32(a, b);
+      const float32x4_t de0 = vtrn1q_f32(d, e), de1 = vtrn2q_f32(d, e);
+      out[4 * c].v[r] = low_pairs(ab0, de0);
+      out[4 * c + 1].v[r] = low_pairs(ab1, de1);
+      out[4 * c + 2].v[r] = high_pairs(ab0, de0);
+      out[4 * c + 3].v[r] = high_pairs(ab1, de1);
+    }
+  }
+  for (int i = 0; i < 16; ++i) x[i] = out[i];
+}
 
 static inline float32x4_t widen_bf16(uint16x4_t x) { return vreinterpretq_f32_u32(vshll_n_u16(x, 16)); }
 static inline float32x4_t widen_f16(uint16x4_t x) { return vcvt_f32_f16(vreinterpret_f16_u16(x)); }

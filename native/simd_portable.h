@@ -15,6 +15,8 @@ using Mask = unsigned;
 constexpr bool kPairDot = false;
 constexpr int kTilesAtOnce = 1;
 constexpr int kValueVectors = 1;
+// Query rows, and vectors of keys, whose products are made together.
+constexpr int kColumnRows = 4, kColumnVectors = 1;
 
 #define LOKI_LANES(EXPRESSION)                   \
   F32 out;                                       \
@@ -61,6 +63,16 @@ static inline void store_sums(float* out, const F32& a, const F32& b, const F32&
   out[1] = sum(b);
   out[2] = sum(c);
   out[3] = sum(d);
+}
+
+// Word j of register i becomes word i of register j.
+static inline void transpose(F32* x) {
+  for (int i = 0; i < 16; ++i)
+    for (int j = 0; j < i; ++j) {
+      const float other = x[i].v[j];
+      x[i].v[j] = x[j].v[i];
+      x[j].v[i] = other;
+    }
 }
 
 template <int kType>

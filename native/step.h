@@ -24,6 +24,8 @@ enum class Work { kScore, kAttend, kDense, kStep };
 int run(const loki_call& call, Work work);
 int run_choose(const loki_choose_call& call);
 int run_append(const loki_append_call& call);
+int run_columns(const loki_column_call& call);
+int run_hamming(const loki_hamming_call& call);
 
 // How many of the best rows reach `mass` of all weights, forced ones first. `scratch`: count floats.
 int64_t mass_count(const float* weights, int64_t count, const uint8_t* forced, double mass,

@@ -29,6 +29,15 @@ STRUCTS = {
     "loki_call": packing.CALL,
     "loki_choose_call": packing.CHOOSE,
     "loki_append_call": packing.APPEND,
+    "loki_column_call": packing.COLUMNS,
+    "loki_hamming_call": packing.HAMMING,
+}
+ENTRIES = {
+    **dict.fromkeys(["score", "attend", "dense", "step"], packing.CALL),
+    "choose": packing.CHOOSE,
+    "append": packing.APPEND,
+    "column_sums": packing.COLUMNS,
+    "hamming": packing.HAMMING,
 }
 
 
@@ -40,12 +49,11 @@ def test_structs_are_packed_as_the_header_declares_them(name):
     assert STRUCTS[name].size == 8 * len(layout(name))
 
 
-@pytest.mark.parametrize("name", ["score", "attend", "dense", "step", "choose", "append"])
+@pytest.mark.parametrize("name", ENTRIES)
 def test_null_and_empty_structs_have_a_status(native_library, name):
     run = getattr(native_library, f"loki_{name}")
     assert run(None) == NULL_POINTER
-    struct = {"choose": packing.CHOOSE, "append": packing.APPEND}.get(name, packing.CALL)
-    assert run(bytes(struct.size)) in {NULL_POINTER, BAD_SIZE}
+    assert run(bytes(ENTRIES[name].size)) in {NULL_POINTER, BAD_SIZE}
 
 
 LENGTHS = torch.tensor([3, SEQ + 1])

@@ -2,13 +2,14 @@
 
 A backend is a module of this folder with some of the functions of `reference.py`; `backends.py`
 chooses it. Ops that it does not have, and calls of several query tokens, are plain torch whatever
-the backend: fast kernels are for decoding. Tensors that it does not serve (another device or dtype)
-go to plain torch as well, unless the backend was asked for by name: that never falls back.
+the backend: fast kernels are for decoding, but for a few that say so. Tensors that it does not
+serve (another device or dtype) go to plain torch as well, unless the backend was asked for by name:
+that never falls back.
 """
 
 from functools import cache
 from types import ModuleType
-from typing import Any, Final, Protocol, cast, final
+from typing import Any, Final, Literal, Protocol, cast, final
 
 from torch import Tensor
 
@@ -122,6 +123,22 @@ class Ops(Protocol):
     ) -> tuple[Tensor, Tensor]:
         """Dense attention of one query token, and what every row received."""
 
+    def column_sums(
+        self,
+        query: Tensor,
+        keys: Tensor,
+        visible: Tensor | None,
+        call: AttentionCall,
+        *,
+        window: int | None = None,
+        bias: Tensor | None = None,
+        how: Literal["sum", "max"] = "sum",
+    ) -> Tensor:
+        """What every row receives of the attention of many queries."""
+
+    def hamming(self, query_codes: Tensor, codes: Tensor) -> Tensor:
+        """How many bits of the codes of queries and rows differ."""
+
     def causal_mask(self, q_len: int, seq: int, device: Any) -> Tensor:
         """Which rows the last q_len queries see."""
 
@@ -142,6 +159,8 @@ def ops(backend: str | None = None) -> Ops:
 
 
 PLAIN: Final = "reference"
+# Ops whose fast kernels take any number of queries.
+_MANY_QUERIES: Final = frozenset({"append", "column_sums", "hamming"})
 
 
 @final
@@ -158,7 +177,7 @@ class _Routed:
 
     def _route(self, op: str, fast: Any, plain: Any) -> Any:
         def served(*args: Any, **kwargs: Any) -> Any:
-            if op != "append" and args[0].shape[2] != 1:
+            if op not in _MANY_QUERIES and args[0].shape[2] != 1:
                 return plain(*args, **kwargs)
             try:
                 return fast(*args, **kwargs)

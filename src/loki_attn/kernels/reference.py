@@ -3,11 +3,13 @@
 Bytes read are stated per KV head of one decode step over T rows; b is the element size.
 """
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from loki_attn.errors import InputError
+from loki_attn.errors import InputError, unknown_name
 from loki_attn.tiles import CODE_KINDS, Tiles
 from loki_attn.types import (
     AppendRequest,
@@ -21,6 +23,7 @@ from loki_attn.types import (
 
 NEG_INF = float("-inf")
 _QUERY_BLOCK = 256
+_HAMMING_BLOCK_BYTES = 1 << 23
 _LARGEST_CODE = 127
 _SMALLEST_NORMAL = torch.finfo(torch.float32).smallest_normal
 
@@ -105,8 +108,9 @@ def reduce_group(
     Args:
         logits: float32 [batch, heads, q_len, T].
         num_kv_heads: KV heads that the heads share.
-        how: "softmax_sum" adds the heads' soft-max weights, "max" takes the largest logit,
-            "none" leaves every query head alone.
+        how: "softmax_sum" adds the heads' soft-max weights, "softmax_max" takes the largest of
+            them; "sum" adds their scores, "max" takes the largest; "none" leaves every query head
+            alone.
         visible: None, or bool broadcastable to [batch, 1, q_len, T]: rows a query may see.
         call: Its sink logits join the soft-max denominator.
 
@@ -116,10 +120,10 @@ def reduce_group(
     batch, heads, q_len, seq = logits.shape
     if how == "none" or heads == num_kv_heads:
         return logits
-    if how == "softmax_sum":
+    if how.startswith("softmax"):
         logits = estimated_weights(logits, visible, call)
     grouped = logits.view(batch, num_kv_heads, heads // num_kv_heads, q_len, seq)
-    return grouped.sum(2) if how == "softmax_sum" else grouped.amax(2)
+    return grouped.sum(2) if how.endswith("sum") else grouped.amax(2)
 
 
 def estimated_weights(logits: Tensor, visible: Tensor | None, call: AttentionCall) -> Tensor:
@@ -323,10 +327,141 @@ def dense_column_sums(
     return attend_masked(query, keys, values, visible, call).output, sums.float()
 
 
+def column_sums(
+    query: Tensor,
+    keys: Tensor,
+    visible: Tensor | None,
+    call: AttentionCall,
+    *,
+    window: int | None = None,
+    bias: Tensor | None = None,
+    how: Literal["sum", "max"] = "sum",
+) -> Tensor:
+    """What every row receives of the queries' attention, without the matrix of their weights.
+
+    Reads T * head_dim elements, once per block of queries, and holds the weights of one block. H2O
+    (arXiv 2306.14048), SnapKV (2404.14469), TOVA (2401.06104), KVzip (2505.23416) start from it.
+
+    Args:
+        query: [batch, heads, q_len, head_dim]; without `visible` the last q_len of the T rows.
+        keys: [batch, kv_heads, T, head_dim].
+        visible: None for causal, or bool [batch or 1, kv_heads or 1, q_len, T].
+        call: Scaling, soft-cap, and sink logits, which join the denominator.
+        window: Only the last `window` queries count; None, or more than there are, for all.
+        bias: None, or float [batch, kv_heads, T], added to the capped logits (arXiv 2403.09054).
+        how: Whether a row gets the sum of its weights over the queries, or the largest.
+
+    Returns:
+        float32 [batch, heads, T]: 0 for rows that nobody sees; a query that sees nothing adds 0.
+
+    Raises:
+        InputError: If causal queries outnumber the rows, the window is empty, or shapes differ.
+        UnknownNameError: If `how` is not known.
+    """
+    _check_columns(query, keys, visible, window, bias, how)
+    q_len, seq = query.shape[2], keys.shape[2]
+    wide = torch.promote_types(query.dtype, torch.float32)
+    keys, bias = keys.to(wide), None if bias is None else bias.to(wide)
+    sums = query.new_zeros(*query.shape[:2], seq, dtype=wide)
+    for start in range(0 if window is None else max(q_len - window, 0), q_len, _QUERY_BLOCK):
+        stop = min(start + _QUERY_BLOCK, q_len)
+        last = seq if visible is not None else seq - q_len + stop
+        seen = None if visible is None else visible[:, :, start:stop]
+        if seen is None:
+            seen = causal_mask(stop - start, last, query.device)
+        rows = None if bias is None else bias[:, :, :last]
+        weights = _weights(query[:, :, start:stop], keys[:, :, :last], seen, rows, call)
+        known = sums[:, :, :last]
+        if how == "sum":
+            known += weights.sum(2)
+        else:
+            known.copy_(torch.maximum(known, weights.amax(2)))
+    return sums.float()
+
+
+def hamming(query_codes: Tensor, codes: Tensor) -> Tensor:
+    """How many bits of a query's code differ from those of every row (HATA, arXiv 2506.02572).
+
+    Reads T * words * 4 bytes.
+
+    Args:
+        query_codes: int32 [batch, heads, q_len, words], 32 bits to a word.
+        codes: int32 [batch, kv_heads, T, words].
+
+    Returns:
+        float32 [batch, heads, q_len, T], whole numbers from 0 to 32 * words.
+
+    Raises:
+        InputError: If the codes are not int32 or do not fit each other.
+    """
+    batch, heads, q_len, words = query_codes.shape
+    kv_heads, seq = codes.shape[1:3]
+    _check_shape("codes", codes, (batch,), (kv_heads,), (seq,), (words,))
+    if query_codes.dtype != torch.int32 or codes.dtype != torch.int32:
+        raise InputError(f"Codes are int32, got {query_codes.dtype} and {codes.dtype}.")
+    asked = query_codes.contiguous().view(torch.uint8)
+    held = codes.contiguous().view(torch.uint8)[:, :, None, None]
+    out = query_codes.new_empty(batch, heads, q_len, seq, dtype=torch.float32)
+    block = max(1, _HAMMING_BLOCK_BYTES // max(1, batch * heads * seq * words * 4))
+    for start in range(0, q_len, block):
+        part = asked[:, :, start : start + block]
+        grouped = part.view(batch, kv_heads, heads // kv_heads, -1, 1, words * 4)
+        found = _set_bits(grouped ^ held).sum(-1, dtype=torch.int32)
+        out[:, :, start : start + block] = found.view(batch, heads, -1, seq)
+    return out
+
+
 def causal_mask(q_len: int, seq: int, device: torch.device) -> Tensor:
     """Bool [1, 1, q_len, seq]: query i is row seq - q_len + i; it sees itself and the past."""
     last = torch.arange(seq - q_len, seq, device=device)[:, None]
     return (torch.arange(seq, device=device)[None] <= last)[None, None]
+
+
+def _check_columns(
+    query: Tensor,
+    keys: Tensor,
+    visible: Tensor | None,
+    window: int | None,
+    bias: Tensor | None,
+    how: str,
+) -> None:
+    (batch, _, q_len, _), (kv_heads, seq) = query.shape, keys.shape[1:3]
+    if how not in {"sum", "max"}:
+        raise unknown_name("reduction over queries", how, ("sum", "max"))
+    if window is not None and window < 1:
+        raise InputError(f"window must be at least 1, or None for all queries; got {window}.")
+    if visible is None and q_len > seq:
+        raise InputError(f"{q_len} causal queries came with {seq} rows; pass fewer, or a mask.")
+    _check_shape("visible", visible, (batch, 1), (kv_heads, 1), (q_len,), (seq,))
+    _check_shape("bias", bias, (batch,), (kv_heads,), (seq,))
+
+
+def _check_shape(name: str, tensor: Tensor | None, *sizes: tuple[int, ...]) -> None:
+    """Check that a tensor has one of some sizes in every dimension."""
+    shape = () if tensor is None else tensor.shape
+    fits = len(shape) == len(sizes) and all(map(tuple.__contains__, sizes, shape))
+    if tensor is not None and not fits:
+        wanted = ", ".join(" or ".join(map(str, dict.fromkeys(fit))) for fit in sizes)
+        raise InputError(f"{name} must have the shape [{wanted}], got {list(shape)}.")
+
+
+def _weights(
+    query: Tensor, keys: Tensor, visible: Tensor, bias: Tensor | None, call: AttentionCall
+) -> Tensor:
+    """Soft-max weights [batch, heads, q_len, T] of the visible rows, with a bias per row."""
+    logits = _cap(_grouped_matmul(query, keys, call.scaling), call.softcap)
+    if bias is not None:
+        _by_chooser(logits, bias).add_(bias[:, :, None, None])
+    _by_chooser(logits, visible).masked_fill_(~visible[:, :, None], NEG_INF)
+    weights, total, _ = _soft_max(logits, call.sink_logits)
+    return weights.div_(total[..., None])
+
+
+def _set_bits(numbers: Tensor) -> Tensor:
+    """How many bits of each byte are set: sums of neighbours of 1, 2 and 4 bits."""
+    numbers = (numbers & 0x55) + ((numbers >> 1) & 0x55)
+    numbers = (numbers & 0x33) + ((numbers >> 2) & 0x33)
+    return (numbers & 0x0F) + (numbers >> 4)
 
 
 def _dense_step(

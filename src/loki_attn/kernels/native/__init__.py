@@ -1,12 +1,13 @@
 """The ops in C++ for CPUs, through a plain C interface (native/loki_attn.h).
 
-Each op serves one query token per batch row, in float32, bfloat16 or float16; what it does not
-serve it refuses with `Unserved` before anything is done. Bytes read are those of the reference,
-without its copies: a lead plane is streamed once for all heads of a group, and only chosen rows are
-touched.
+Each op serves one query token per batch row (`column_sums` and `hamming` any number), in float32,
+bfloat16 or float16; what it does not serve it refuses with `Unserved` before anything is done.
+Bytes read are those of the reference, without its copies: a lead plane is streamed once for all
+heads of a group, and only chosen rows are touched.
 """
 
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -38,9 +39,9 @@ from loki_attn.types import (
 )
 
 __all__ = [
-    "append", "attend", "choose", "dense", "dense_column_sums", "describe", "isa",
-    "isas", "last_isa", "mass_counts", "read_bandwidth", "score", "set_isa", "step", "threads",
-    "why_not",
+    "append", "attend", "choose", "column_sums", "dense", "dense_column_sums", "describe",
+    "hamming", "isa", "isas", "last_isa", "mass_counts", "read_bandwidth", "score", "set_isa",
+    "step", "threads", "why_not",
 ]  # fmt: skip
 
 _UNPAGED = (0, 0, 0, 0)
@@ -164,6 +165,57 @@ def dense_column_sums(
     run = library().loki_dense
     out = _read(run, query, keys, values, visible, call, "max", results)
     return out, sums
+
+
+def column_sums(
+    query: Tensor,
+    keys: Tensor,
+    visible: Tensor | None,
+    call: AttentionCall,
+    *,
+    window: int | None = None,
+    bias: Tensor | None = None,
+    how: Literal["sum", "max"] = "sum",
+) -> Tensor:
+    """What every row receives of the attention of many queries; see `reference.column_sums`."""
+    batch, kv_heads, seq, dim = keys.shape
+    heads, q_len = _heads(query, kv_heads), query.shape[2]
+    packing.fits("the query", query, batch, heads, q_len, dim)
+    counted = q_len if window is None else min(window, q_len)
+    if how not in {"sum", "max"} or counted < 1 or (visible is None and q_len > seq):
+        raise Unserved(f"it knows no {how!r} of {counted} among {q_len} queries on {seq} rows")
+    kept, seen = packing.matrix_mask_of(visible, (batch, kv_heads, q_len, seq))
+    sink, sink_pointer = packing.sinks_of(call.sink_logits, heads)
+    moved, bias_fields = packing.bias_of(bias, batch, kv_heads, seq)
+    out = torch.empty(batch, heads, seq)
+    fields = packing.COLUMNS.pack(
+        batch, kv_heads, heads // kv_heads, seq, q_len, counted,
+        *packing.rows_of("keys", keys), *packing.queries_of("the query", query),
+        call.scaling, call.softcap or 0.0, sink_pointer, *seen, *bias_fields,
+        how == "max", out.data_ptr(),
+    )  # fmt: skip
+    lib = library()
+    follow_threads(lib)
+    check(lib.loki_column_sums(fields))
+    del kept, sink, moved
+    return out
+
+
+def hamming(query_codes: Tensor, codes: Tensor) -> Tensor:
+    """How many bits of the codes of queries and rows differ; see `reference.hamming`."""
+    batch, kv_heads, seq, words = codes.shape
+    heads, q_len = _heads(query_codes, kv_heads), query_codes.shape[2]
+    packing.fits("the query", query_codes, batch, heads, q_len, words)
+    out = torch.empty(batch, heads, q_len, seq)
+    fields = packing.HAMMING.pack(
+        batch, kv_heads, heads // kv_heads, seq, q_len, words,
+        *packing.codes_of("the query", query_codes), *packing.codes_of("codes", codes),
+        out.data_ptr(),
+    )  # fmt: skip
+    lib = library()
+    follow_threads(lib)
+    check(lib.loki_hamming(fields))
+    return out
 
 
 def step(  # noqa: PLR0913 - what its three parts take together

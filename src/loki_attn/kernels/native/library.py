@@ -14,7 +14,7 @@ from torch import Tensor
 from loki_attn.errors import InputError, LokiAttnError, unknown_name
 from loki_attn.kernels.native.place import find_library, why_missing
 
-ABI: Final = 1
+ABI: Final = 2
 ISA_VARIABLE: Final = "LOKI_ATTN_ISA"
 THREADS_VARIABLE: Final = "LOKI_ATTN_NUM_THREADS"
 _MOST_THREADS: Final = 1024
@@ -51,7 +51,8 @@ def library() -> ctypes.CDLL:
         getattr(found, name).restype = ctypes.c_char_p
     for name in ("loki_score", "loki_attend", "loki_dense", "loki_step", "loki_choose"):
         getattr(found, name).argtypes = [ctypes.c_char_p]
-    found.loki_append.argtypes = [ctypes.c_char_p]
+    for name in ("loki_append", "loki_column_sums", "loki_hamming"):
+        getattr(found, name).argtypes = [ctypes.c_char_p]
     found.loki_set_isa.argtypes = [ctypes.c_char_p]
     found.loki_set_threads.argtypes = [ctypes.c_int64]
     found.loki_threads.restype = ctypes.c_int64

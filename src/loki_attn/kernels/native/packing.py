@@ -15,6 +15,8 @@ from loki_attn.types import GroupReduce
 
 CALL: Final = Struct("=4q4q6q6q4q2d3q2q6q3q4q2q2qd3q2q8q")
 CHOOSE: Final = Struct("=3q3q3q3qqdqqq")
+COLUMNS: Final = Struct("=6q6q5q2dq4q3q2q")
+HAMMING: Final = Struct("=6q4q4qq")
 APPEND: Final = Struct("=4q3q6q6q6q6qqq6q3q3qq")
 
 FLOATS: Final = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -84,6 +86,27 @@ def query_of(name: str, query: Tensor) -> Fields:
     return query.data_ptr(), code, query.stride(0) * size, query.stride(1) * size
 
 
+def queries_of(name: str, query: Tensor) -> Fields:
+    """Pointer, dtype and strides of [batch, heads, q_len, dim].
+
+    Raises:
+        Unserved: As `rows_of`.
+    """
+    return *query_of(name, query), query.stride(2) * query.element_size()
+
+
+def codes_of(name: str, codes: Tensor) -> Fields:
+    """Pointer and strides of int32 [batch, heads, rows, words].
+
+    Raises:
+        Unserved: If they are of another dtype or layout, or not on the CPU.
+    """
+    batch, head, row, word = codes.stride()
+    if codes.dtype != torch.int32 or not codes.is_cpu or (word != 1 and codes.shape[3] > 1):
+        raise Unserved(f"{name} must be contiguous words of int32 on the CPU, got {codes.dtype}")
+    return codes.data_ptr(), batch * 4, head * 4, row * 4
+
+
 def tiles_of(tiles: Tiles) -> Fields:
     """loki_rows of the lead plane, a row being a tile.
 
@@ -133,6 +156,52 @@ def visible_of(visible: Tensor | None, batch: int, seq: int) -> tuple[Tensor | N
         )
     kept = visible if visible.stride(3) == 1 or seq == 1 else visible.contiguous()
     return kept, (kept.data_ptr(), kept.stride(0) if kept.shape[0] > 1 else 0)
+
+
+def matrix_mask_of(
+    visible: Tensor | None, shape: tuple[int, int, int, int]
+) -> tuple[Tensor | None, Fields]:
+    """What each query sees, as bytes: the tensor to keep alive, and its fields.
+
+    Args:
+        visible: None, or bool [batch or 1, kv_heads or 1, q_len, seq].
+        shape: Batch, KV heads, queries and rows.
+
+    Raises:
+        Unserved: If it is no such mask.
+    """
+    if visible is None:
+        return None, (0, 0, 0, 0)
+    alike = visible.ndim == 4 and all(
+        size in fit
+        for size, fit in zip(
+            visible.shape, ((1, shape[0]), (1, shape[1]), shape[2:3], shape[3:]), strict=True
+        )
+    )
+    if not alike or visible.dtype != torch.bool or not visible.is_cpu:
+        raise Unserved(
+            f"a mask is bool {list(shape)} on the CPU, or 1 of the first two, got {visible.dtype} "
+            f"{list(visible.shape)}"
+        )
+    kept = visible if visible.stride(3) == 1 or shape[3] == 1 else visible.contiguous()
+    return kept, (kept.data_ptr(), *kept.expand(shape).stride()[:3])
+
+
+def bias_of(
+    bias: Tensor | None, batch: int, kv_heads: int, seq: int
+) -> tuple[Tensor | None, Fields]:
+    """A number for each row as float32: the tensor to keep alive, its address and strides.
+
+    Raises:
+        Unserved: If there is not one for each row, or they are not on the CPU.
+    """
+    if bias is None:
+        return None, (0, 0, 0)
+    fits("the bias", bias, batch, kv_heads, seq)
+    dtype_of("the bias", bias)
+    kept = bias.detach().to(torch.float32)
+    kept = kept if kept.stride(2) == 1 or seq == 1 else kept.contiguous()
+    return kept, (kept.data_ptr(), kept.stride(0) * 4, kept.stride(1) * 4)
 
 
 def sinks_of(sink_logits: Tensor | None, heads: int) -> tuple[Tensor | None, int]:
