@@ -28,6 +28,7 @@ class MadeUp:
         self.policy, self.step_s, self.name = policy, step_s, name
         self.log = [] if log is None else log
         self.sparse_calls, self.cache_bytes = 0, 1000
+        self.peak_cache_bytes, self.evicts, self.evicted_rows = 1500, False, 0
         self.selects = self.expects = self.policy == "loki"
         self.slip, self.slip_at_full = None, None
         self.at_full, self.said = False, 0

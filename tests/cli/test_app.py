@@ -15,6 +15,7 @@ from loki_attn.errors import LokiAttnError
 
 COMMANDS = (
     ["calibrate"],
+    ["profile"],
     ["inspect"],
     ["generate"],
     ["eval"],

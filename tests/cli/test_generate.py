@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from loki_attn import preset
-from loki_attn.cli.loading import label, parse_policy
+from loki_attn.cli.loading import Typed, label, parse_policy
 
 transformers = pytest.importorskip("transformers")
 
@@ -157,12 +157,17 @@ def test_the_basis_of_another_model(generate, other_model):
 
 
 def test_policies_as_they_are_typed():
-    policy, basis = parse_policy("loki:top_k=256,rank=16,dense_layers=[0,1],basis=a/b.safetensors")
+    typed = parse_policy("loki:top_k=256,rank=16,dense_layers=[0,1],basis=a/b.safetensors")
+    policy = typed.policy
     assert (policy.budget.top_k, policy.select.rank) == (256, 16)
     assert policy.budget.dense_layers == (0, 1)
-    assert str(basis) == "a/b.safetensors"
-    assert parse_policy("loki", rank=None) == (preset("loki"), None)
-    assert parse_policy("loki:plane-dtype=bf16")[0].select.plane_dtype == "bf16"
+    assert str(typed.basis) == "a/b.safetensors"
+    assert parse_policy("loki", rank=None) == Typed(preset("loki"))
+    assert parse_policy("loki:plane-dtype=bf16").policy.select.plane_dtype == "bf16"
+    assert parse_policy("loki:fraction=.125").policy.budget.fraction == 0.125
+    both = parse_policy("loki:evict=snapkv,capacity=2048,evict.window=16,profile=p.safetensors")
+    assert (both.policy.evict.method, both.policy.evict.window) == ("snapkv", 16)
+    assert (both.policy.keep.capacity, str(both.profile)) == (2048, "p.safetensors")
 
 
 def test_labels_name_no_folders():

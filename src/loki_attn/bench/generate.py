@@ -5,10 +5,9 @@ lengths. The context of a row is what the cache holds when the last turn ends.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from statistics import median
-from typing import Any, Final, Protocol, final
+from typing import Any, Final, final
 
 import torch
 from torch import Tensor
@@ -22,6 +21,7 @@ from loki_attn.bench.machine import (
     resident_bytes,
 )
 from loki_attn.bench.rows import SpeechRow
+from loki_attn.bench.speaking import Speaker, Speech
 from loki_attn.errors import InputError
 from loki_attn.provenance import provenance
 
@@ -33,57 +33,6 @@ _GATE_NEW_TOKENS: Final = 8
 
 Distance = Callable[[Tensor, Tensor], tuple[float, float]]
 """How far logits [tokens, vocabulary] are from the stock ones, and how far they may be."""
-
-
-class Speech(Protocol):
-    """Tokens that one call of `generate` made."""
-
-    @property
-    def tokens(self) -> tuple[int, ...]:
-        """The new tokens."""
-
-    @property
-    def first_s(self) -> float:
-        """From the call to the first of them."""
-
-    @property
-    def steps_s(self) -> tuple[float, ...]:
-        """From each token to the next."""
-
-    @property
-    def logits(self) -> Tensor | None:
-        """float32 [tokens, vocabulary], where they were asked for."""
-
-
-class Speaker(Protocol):
-    """A model, stock or attached, with the cache of its conversation."""
-
-    @property
-    def policy(self) -> str:
-        """Name of the attached policy; "stock" without one."""
-
-    @property
-    def sparse_calls(self) -> int:
-        """Single-token layer calls that selected since `begin`."""
-
-    @property
-    def cache_bytes(self) -> int:
-        """What the cache holds."""
-
-    def selects_at(self, context: int) -> bool:
-        """Whether steps at this many tokens are expected to select."""
-
-    def begin(self, ids: Tensor, room: int) -> None:
-        """Begin a new conversation with int64 [1, n] and room for so many tokens more."""
-
-    def speak(self, count: int, *, keep_logits: bool = False) -> Speech:
-        """Go on by `count` tokens."""
-
-    def end(self) -> None:
-        """Forget the conversation."""
-
-    def full_budget(self) -> AbstractContextManager[None]:
-        """Select everything inside the block."""
 
 
 @final
@@ -208,7 +157,7 @@ def _sound(
             selected = speaker.sparse_calls
         stock = stock or said
         figures, reason = _agree(said, stock, distance)
-        if not reason and _chooses(speaker) and selected == 0:
+        if not reason and _chooses(speaker) and not speaker.evicts and selected == 0:
             reason = "it never selected in the check at full budget"
         if reason:
             _refuse(name, reason, outcome, tell)
@@ -305,6 +254,10 @@ class _Conversations:
                 reason = "it never selected in its turns"
                 _refuse(f"{name} at {self._context:,} tokens", reason, self._outcome, tell)
                 continue
+            if speaker.evicts and speaker.evicted_rows == 0:
+                reason = "it never evicted anything"
+                _refuse(f"{name} at {self._context:,} tokens", reason, self._outcome, tell)
+                continue
             stock = records[STOCK_DYNAMIC]
             made.append(
                 SpeechRow(
@@ -324,10 +277,12 @@ class _Conversations:
                     ratio_stock_dynamic=_ratio(times, STOCK_DYNAMIC, name),
                     ratio_stock_static=_ratio(times, STOCK_STATIC, name),
                     cache_bytes=speaker.cache_bytes,
+                    peak_cache_bytes=speaker.peak_cache_bytes,
+                    evicted_rows=speaker.evicted_rows,
                     peak_bytes=record.peak_bytes,
                     peak_added_bytes=record.peak_added_bytes,
                     sparse_calls=selected,
-                    note="dense" if _chooses(speaker) and selected == 0 else "",
+                    note=_note(speaker, selected),
                     gate=record.gate,
                     provenance=origin,
                 )
@@ -357,8 +312,15 @@ def _agree(said: Any, stock: Any, distance: Distance) -> tuple[dict[str, Any], s
 
 
 def _chooses(speaker: Speaker) -> bool:
-    """Whether a contender has a method that selects."""
+    """Whether a contender may say something else than the stock model."""
     return speaker.policy not in {"stock", "dense"}
+
+
+def _note(speaker: Speaker, selected: int) -> str:
+    """What a reader must know of a row."""
+    if speaker.evicts:
+        return f"{speaker.evicted_rows:,} rows evicted"
+    return "dense" if _chooses(speaker) and selected == 0 else ""
 
 
 def _refuse(name: str, reason: str, outcome: Outcome, tell: Callable[[str], None]) -> None:

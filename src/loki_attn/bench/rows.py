@@ -110,10 +110,12 @@ class SpeechRow(BenchRow):
         ratio_stock_dynamic: This rate by that of stock generate with its default cache.
         ratio_stock_static: The same with a preallocated static cache.
         cache_bytes: What the cache holds at the end, unused room included.
+        peak_cache_bytes: The most that the cache held, weighed after every layer's attention.
+        evicted_rows: Rows that were dropped, summed over layers and KV heads.
         peak_bytes: Resident memory at its highest, from prefill to the end of the first decoding.
         peak_added_bytes: The same without what was resident before.
         sparse_calls: Single-token layer calls that selected, in the turns that count.
-        note: "dense" where the budget reads such a context whole.
+        note: "dense" where the budget reads such a context whole; how many rows were evicted.
     """
 
     policy: str
@@ -127,3 +129,5 @@ class SpeechRow(BenchRow):
     peak_added_bytes: int | None
     sparse_calls: int
     note: str
+    peak_cache_bytes: int | None = None
+    evicted_rows: int = 0

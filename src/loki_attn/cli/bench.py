@@ -210,9 +210,9 @@ def _measure_speech(
         STOCK_DYNAMIC,
         STOCK_STATIC,
         GenerateBench,
-        Speaker,
         measure_generation,
     )
+    from loki_attn.bench.speaking import Speaker
     from loki_attn.integrations.transformers.probe import logit_distance
     from loki_attn.integrations.transformers.speaker import Speaker as Speaking
     from loki_attn.integrations.transformers.speaker import attached_twin

@@ -60,6 +60,7 @@ def show_speech(rows: "Sequence[SpeechRow]") -> None:
                 _times(row.ratio_stock_dynamic),
                 _times(row.ratio_stock_static),
                 f"{row.cache_bytes / 1e6:,.1f}",
+                "-" if row.peak_cache_bytes is None else f"{row.peak_cache_bytes / 1e6:,.1f}",
                 "unknown" if row.peak_added_bytes is None else f"{row.peak_added_bytes / 1e6:,.0f}",
                 row.note or f"{row.sparse_calls:,}",
             ]
@@ -69,7 +70,7 @@ def show_speech(rows: "Sequence[SpeechRow]") -> None:
             f"{first.shape}, {context:,} tokens, {first.dtype}",
             [
                 "contender", "prefill s", "tokens/s", "ms p20-p80", "x dynamic", "x static",
-                "cache MB", "peak + MB", "sparse calls",
+                "cache MB", "its peak", "peak + MB", "sparse calls",
             ],
             cells,
             note=(

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 _DTYPES: Final = ("auto", "float32", "bfloat16", "float16")
 _FILE_FIELD: Final = re.compile(r"([:,](?:basis|profile)=)([^,]+)")
+# People leave the zero out, JSON does not let them.
+_DECIMAL: Final = re.compile(r"-?\.\d+")
 # Commas inside brackets belong to a list, as in dense_layers=[0,1].
 _BETWEEN_FIELDS: Final = re.compile(r",(?![^\[]*\])")
 
@@ -159,5 +161,5 @@ def _value(text: str) -> Any:
     try:
         value = json.loads(text)
     except json.JSONDecodeError:
-        return text
+        return float(text) if _DECIMAL.fullmatch(text) else text
     return tuple(value) if isinstance(value, list) else value

@@ -37,7 +37,7 @@ from loki_attn.integrations.transformers.probe import (
 )
 from loki_attn.integrations.transformers.registering import implementations, register
 from loki_attn.integrations.transformers.rotary import find_ropes
-from loki_attn.integrations.transformers.traffic import Traffic
+from loki_attn.integrations.transformers.traffic import Scales, Traffic
 from loki_attn.policy import Policy, as_policy, preset
 from loki_attn.profile import Profile
 from loki_attn.rope import Rope
@@ -219,6 +219,11 @@ class Attachment:
             CacheError: If its queries were not recorded, or rows have gone already.
         """
         return self._dropper.compress(self._states.values(), cache)
+
+    def weigh(self) -> Scales:
+        """Return scales that weigh the cache of the forwards from now on, layer by layer."""
+        self._shared.scales = Scales()
+        return self._shared.scales
 
     @contextmanager
     def recording(self) -> Iterator[None]:

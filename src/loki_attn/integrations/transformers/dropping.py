@@ -32,6 +32,9 @@ class Dropper:
         policy, layer = state.policy, state.layer
         if layer is None or policy is None:
             return
+        scales = self._shared.scales
+        if scales is not None:
+            scales.weigh(state.index, layer.rows.nbytes())
         if state.index == min(layers):
             self._due = []  # a forward that failed may have left some
         eviction = policy.eviction
@@ -72,8 +75,11 @@ class Dropper:
             for part in [due] if together else [[one] for one in due]:
                 turns = [(eviction, layer.turn) for eviction, layer in part]
                 self._shared.traffic.evicted_rows += evict(turns)
-            for _, layer in due:
+            for eviction, layer in due:
                 layer.show()
+                if self._shared.scales is not None:
+                    index = eviction.place.shape.index
+                    self._shared.scales.weigh(index, layer.rows.nbytes())
 
 
 def _look_back(policy: LayerPolicy, layer: LokiLayer) -> None:

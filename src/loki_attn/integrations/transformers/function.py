@@ -8,14 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from loki_attn.attention import LayerPolicy
-from loki_attn.cache import LayerCache
 from loki_attn.errors import InputError, LokiAttnError, UnsupportedModelError
 from loki_attn.eviction import Turn
-from loki_attn.integrations.transformers.layers import LokiLayer, marks_of
-from loki_attn.integrations.transformers.traffic import Traffic, as_mask
+from loki_attn.integrations.transformers.layers import LokiLayer
+from loki_attn.integrations.transformers.traffic import Scales, Traffic, as_mask
 from loki_attn.kernels import ops
-from loki_attn.serving import How, Served, rows_of_tokens, serve
-from loki_attn.shards import LayerRows
+from loki_attn.serving import How, Served, rows_for, rows_of_tokens, serve
 from loki_attn.types import AttentionCall, Mode
 
 IMPLEMENTATION: Final = "loki_attn"
@@ -80,7 +78,8 @@ class Shared:
 
     `always_select` sends steps that would read everything through the selection as well: at full
     budget the result must not change, which is how an attachment verifies itself. `recording`
-    keeps the queries of forwards of several tokens with the cache. `after` is called when a layer
+    keeps the queries of forwards of several tokens with the cache. `scales` weigh the layers, if
+    anybody wants to know. `after` is called when a layer
     has attended, with the number of query tokens.
     """
 
@@ -89,6 +88,7 @@ class Shared:
     observer: Observer | None = None
     traffic: Traffic = field(default_factory=Traffic)
     recording: bool = False
+    scales: Scales | None = None
     after: Callable[["LayerState", int], None] = lambda state, q_len: None
 
 
@@ -270,7 +270,7 @@ def _weights(query: Tensor, keys: Tensor, call: AttentionCall, read: Tensor | No
 def _turn_of(state: LayerState, layer: LayerPolicy, key: Tensor, value: Tensor) -> Turn:
     """The rows behind these keys, or passing ones where the model runs without a cache."""
     if state.layer is None:
-        rows = LayerRows(LayerCache(layer.selector, marks=marks_of(layer)))
+        rows = rows_for(layer)
         rows.append(key, value)
         return Turn(rows=rows)
     held = state.layer

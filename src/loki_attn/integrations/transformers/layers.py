@@ -53,7 +53,7 @@ class LokiLayer(DynamicLayer):
         super().__init__()
         row_format, marks = _format_of(policy)
         cache = LayerCache(row_format, reserve_tokens=reserve_tokens, marks=marks)
-        self.turn = Turn(rows=LayerRows(cache, _narrow_of(policy)))
+        self.turn = Turn(rows=LayerRows(cache, _narrow_of(policy), _parts_of(policy)))
         self.asked: Tensor | None = None
         self.owner = owner
         self.armed = False
@@ -99,7 +99,7 @@ class LokiLayer(DynamicLayer):
                 "This cache holds rotated keys of another policy; start a new cache after "
                 "changing the policy."
             )
-        rows = self.rows.converted(row_format, _narrow_of(policy), marks)
+        rows = self.rows.converted(row_format, _narrow_of(policy), marks, policy.parts)
         self.turn = Turn(rows=rows, call=self.turn.call, valid=self.turn.valid)
         self._policy = policy
         if rows.seen:
@@ -224,6 +224,11 @@ def marks_of(policy: LayerPolicy) -> Mapping[str, Mark]:
 def _narrow_of(policy: LayerPolicy | None) -> Narrow | None:
     """The row format of some of the heads."""
     return None if policy is None else (lambda heads: policy.of(heads).selector)
+
+
+def _parts_of(policy: LayerPolicy | None) -> tuple[Tensor, ...]:
+    """KV heads whose rows lie apart from the start."""
+    return () if policy is None else policy.parts
 
 
 def cache_bytes(cache: Cache) -> int:

@@ -160,12 +160,12 @@ def quiet(model: PreTrainedModel) -> Iterator[None]:
 
 @contextmanager
 def _selecting_everything(shared: Shared, states: Sequence[LayerState]) -> Iterator[None]:
-    """Give every layer the full budget and make it select nevertheless."""
+    """Give every layer the full budget, evict nothing, and make it select nevertheless."""
     before = [state.policy for state in states]
     mode, always = shared.mode, shared.always_select
     for state in states:
         if state.policy is not None:
-            state.policy = replace(state.policy, budget=Budget())
+            state.policy = replace(state.policy, budget=Budget(), eviction=None, reuse_above=None)
     shared.mode, shared.always_select = "decode", True
     try:
         yield

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from time import perf_counter
-from typing import final
+from typing import TYPE_CHECKING, final
 
 import torch
 from torch import Tensor
@@ -21,6 +21,9 @@ from loki_attn.integrations.transformers.layers import cache_bytes
 from loki_attn.models.noise import quiet
 from loki_attn.policy import Policy, preset
 from loki_attn.profile import Profile
+
+if TYPE_CHECKING:
+    from loki_attn.integrations.transformers.traffic import Scales
 
 
 @final
@@ -66,6 +69,7 @@ class Speaker:
         self._static = static
         self._ids: Tensor | None = None
         self._cache: Cache | None = None
+        self._scales: Scales | None = None
 
     @property
     def policy(self) -> str:
@@ -82,9 +86,24 @@ class Speaker:
         """What the cache holds, unused room included."""
         return 0 if self._cache is None else cache_bytes(self._cache)
 
+    @property
+    def peak_cache_bytes(self) -> int | None:
+        """The most that the cache held since `begin`; None for the stock model."""
+        return None if self._scales is None else self._scales.peak_bytes
+
+    @property
+    def evicts(self) -> bool:
+        """Whether the attached policy drops rows."""
+        return self.attachment is not None and self.attachment.policy.evicts
+
+    @property
+    def evicted_rows(self) -> int:
+        """Rows that were dropped since `begin`, summed over layers and KV heads."""
+        return 0 if self.attachment is None else self.attachment.traffic.evicted_rows
+
     def selects_at(self, context: int) -> bool:
         """Whether steps at this many tokens are expected to select."""
-        if self.attachment is None:
+        if self.attachment is None or self.evicts:
             return False
         layers = self.model.config.get_text_config(decoder=True).num_hidden_layers
         budget = self.attachment.policy.budget
@@ -100,6 +119,7 @@ class Speaker:
         """
         self.end()
         self._ids = ids.to(self.model.device)
+        self._scales = None if self.attachment is None else self.attachment.weigh()
         if self._static:
             self._cache = StaticCache(
                 config=self.model.config, max_cache_len=int(ids.shape[1]) + room

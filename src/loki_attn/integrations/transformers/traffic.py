@@ -1,6 +1,6 @@
 """Traffic: what attention read, kept and dropped, counted at the calls that did it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -8,6 +8,24 @@ from torch import Tensor
 from loki_attn.cache import KEY, VALUE, LayerCache
 from loki_attn.serving import Served
 from loki_attn.types import Selection
+
+
+@dataclass
+class Scales:
+    """What the layers of one cache hold, weighed whenever one of them attended.
+
+    Attributes:
+        held: Bytes of every layer, unused room included, by its index.
+        peak_bytes: The most that all of them together held at any of these moments.
+    """
+
+    held: dict[int, int] = field(default_factory=dict)
+    peak_bytes: int = 0
+
+    def weigh(self, index: int, held_bytes: int) -> None:
+        """Note what a layer holds now."""
+        self.held[index] = held_bytes
+        self.peak_bytes = max(self.peak_bytes, sum(self.held.values()))
 
 
 @dataclass
