@@ -1,6 +1,7 @@
 """The house rules, held: who imports whom, how large things grow, what a method brings along."""
 
 import ast
+import importlib
 import inspect
 import os
 import shutil
@@ -12,13 +13,14 @@ from pathlib import Path
 import pytest
 
 import loki_attn
+from loki_attn.presets import PRESETS
 
 TESTS = Path(__file__).parent
 ROOT = TESTS.parent
 PACKAGE = ROOT / "src" / "loki_attn"
 
 SOURCES = sorted(PACKAGE.rglob("*.py"))
-ROOMS = ("evict", "prefill", "select", "store")
+ROOMS = ("allocate", "evict", "prefill", "select", "store")
 METHODS = sorted(
     path
     for room in ROOMS
@@ -41,6 +43,7 @@ BREACHES = {
     "sideways": ("report/rows.py", "import loki_attn.integrations", "The house has floors"),
     "homeless": ("stray.py", "import torch", "The house has floors"),
     "methods": ("select/loki.py", "import loki_attn.select.dense", "Methods know their base"),
+    "verbs": ("evict/h2o.py", "import loki_attn.select.loki", "Methods know their base"),
     "second door": ("basis.py", "import transformers", "One door to transformers"),
     "lazy": ("key_stats.py", "def f():\n    import rich", "The terminal belongs"),
     "ctypes": ("kernels/reference.py", "import ctypes", "ctypes stays"),
@@ -137,6 +140,25 @@ def test_every_method_introduces_itself(method):
     docstring = ast.get_docstring(ast.parse(method.read_text())) or ""
     starts = [line.partition(":")[0] for line in docstring.splitlines()]
     assert [field for field in METHOD_FIELDS if field not in starts] == []
+
+
+def test_no_two_files_bring_the_same_preset():
+    """The later one would win in silence."""
+    homes = {}
+    for path in [PACKAGE / "presets.py", *METHODS]:
+        module = importlib.import_module("loki_attn." + name_of(path)[:-3].replace("/", "."))
+        for preset in getattr(module, "PRESETS", {}):
+            homes.setdefault(preset, []).append(name_of(path))
+    assert {name: files for name, files in homes.items() if len(files) > 1} == {}
+    assert len(homes) > len(PRESETS)
+
+
+@pytest.mark.parametrize("method", METHODS, ids=name_of)
+def test_a_method_names_itself_as_its_file(method):
+    module = importlib.import_module("loki_attn." + name_of(method)[:-3].replace("/", "."))
+    named = [v for v in vars(module).values() if getattr(v, "method", None) == method.stem]
+    assert len(named) == 1
+    assert named[0].__module__ == module.__name__
 
 
 def test_public_api_is_the_pinned_one():

@@ -4,8 +4,13 @@ import json
 
 import pytest
 
+from loki_attn.allocate.adaptive import Adaptive
+from loki_attn.allocate.table import Table
 from loki_attn.budget import Budget
 from loki_attn.errors import BudgetError, InputError, PolicyError, UnknownNameError
+from loki_attn.evict.gui_kv import GuiKV
+from loki_attn.evict.snapkv import SnapKV
+from loki_attn.keep_budget import KeepBudget
 from loki_attn.policy import Policy, as_policy, methods, preset, presets
 from loki_attn.select.dense import Dense
 from loki_attn.select.exact_topk import ExactTopK
@@ -84,16 +89,19 @@ def test_presets_share_no_state():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: preset("lokki"), r"Unknown policy 'lokki'\. Did you mean 'loki'\? Valid: dense,"),
+        (
+            lambda: preset("lokki"),
+            r"Unknown policy 'lokki'\. Did you mean 'loki'\? Valid: .*dense,",
+        ),
         (lambda: preset("loki", topk=5), r"Unknown policy field 'topk'\. Did you mean 'top_k'\?"),
         (lambda: preset("exact-topk", rank=5), r"Unknown policy field 'rank'"),
         (
-            lambda: Policy(select=Dense(), group_reduce="sum"),
-            r"Unknown group_reduce 'sum'.*Valid: max, none, softmax_sum",
+            lambda: Policy(select=Dense(), group_reduce="min"),
+            r"Unknown group_reduce 'min'.*Valid: max, none, softmax_max, softmax_sum, sum",
         ),
         (
             lambda: Policy.from_json('{"select": {"method": "exact_topq"}}'),
-            r"Unknown method 'exact_topq'\. Did you mean 'exact_topk'\? Valid: dense, exact_topk,",
+            r"Unknown method 'exact_topq'\. Did you mean 'exact_topk'\? Valid: .*dense, .*loki,",
         ),
         (
             lambda: Policy.from_json('{"select": {"method": ["loki"]}}'),
@@ -155,6 +163,107 @@ def test_policies_from_files(tmp_path):
         as_policy(str(path))
     with pytest.raises(PolicyError, match="Only a preset's name takes overrides"):
         as_policy(policy, top_k=5)
+
+
+def test_every_verb_finds_its_methods_by_their_files():
+    assert set(methods("evict")) >= {"keep_all", "snapkv", "h2o", "tova", "knorm"}
+    assert set(methods("allocate")) >= {"uniform", "adaptive", "pyramid"}
+    for room in ("evict", "allocate"):
+        assert all(kind.method == name for name, kind in methods(room).items())
+
+
+def test_methods_bring_their_presets_along():
+    assert {"quest", "snapkv", "h2o", "pyramidkv", "ada-kv"} <= set(presets())
+    assert preset("snapkv").evict.method == "snapkv"
+    assert preset("snapkv").evicts
+    assert not preset("loki").evicts
+    assert preset("dense").is_dense
+    assert not preset("snapkv").is_dense
+
+
+def test_any_selection_takes_an_eviction_and_its_budget():
+    policy = preset("loki", evict="snapkv", capacity=1024, keep_first=4)
+    assert policy.select.method == "loki"
+    assert policy.evict == SnapKV()
+    assert policy.keep == KeepBudget(capacity=1024, keep_first=4)
+    assert Policy.from_json(policy.to_json()) == policy
+    ragged = preset("snapkv", allocate="adaptive", alpha=0.5)
+    assert ragged.allocate == Adaptive(alpha=0.5)
+    assert Policy.from_json(ragged.to_json()) == ragged
+
+
+def test_a_part_is_named_where_two_have_the_field():
+    policy = preset("snapkv", **{"evict.window": 9, "keep.burst": 3, "capacity": 50})
+    assert policy.evict.window == 9
+    assert policy.keep == KeepBudget(capacity=50, burst=3)
+    with pytest.raises(PolicyError, match=r"'seed' is a field of .*and of.*; say select.seed or"):
+        preset("hata", evict="keyformer", capacity=50, seed=3)
+
+
+def test_a_share_replaces_the_capacity_and_back():
+    assert preset("snapkv", keep_share=0.5).keep == KeepBudget(keep_share=0.5)
+    assert preset("snapkv", **{"keep.keep_share": 0.5}).keep == KeepBudget(keep_share=0.5)
+    assert preset("loki", **{"budget.fraction": 0.5}).budget.top_k is None
+    with pytest.raises(BudgetError, match="got both; keep one"):
+        preset("snapkv", keep_share=0.5, capacity=9)
+
+
+def test_tuples_survive_json():
+    policy = Policy(
+        select=Dense(),
+        evict=GuiKV(spans=((3, 9), (12, 40))),
+        keep=KeepBudget(capacity=64, whole_layers=(0, -1)),
+        allocate=Table(shares=((0.5, 1.5), (1.0, 1.0))),
+        reuse_above=0.85,
+    )
+    again = Policy.from_json(policy.to_json())
+    assert again == policy
+    assert again.evict.spans == ((3, 9), (12, 40))
+    assert again.keep.whole_layers == (0, -1)
+    assert hash(again.evict) == hash(policy.evict)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"keep": KeepBudget(capacity=9)}, "A capacity was given, but nothing is evicted; name a"),
+        ({"allocate": Adaptive()}, "allocate='adaptive' shares a budget out, but nothing is evict"),
+        ({"evict": SnapKV()}, "snapkv needs an amount: give capacity or keep_share"),
+        ({"reuse_above": 3.0}, r"reuse_above is a cosine \(2 never reuses\), got 3.0"),
+    ],
+)
+def test_parts_must_fit_each_other(fields, message):
+    with pytest.raises(PolicyError, match=message):
+        Policy(select=Dense(), **fields)
+
+
+def test_a_capacity_has_room_for_the_window():
+    with pytest.raises(BudgetError, match=r"capacity=31 is less than the rows .* at least 32"):
+        preset("snapkv", capacity=31)
+    assert preset("snapkv", capacity=32).keep.capacity == 32
+
+
+def test_no_mass_without_an_estimate_of_it():
+    with pytest.raises(PolicyError, match="quest estimates no mass; give top_k or fraction"):
+        preset("quest", mass=0.9)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: preset("loki", evict="snapkw"), "Unknown evict method 'snapkw'.*mean 'snapkv'"),
+        (lambda: preset("snapkv", allocate="unifrm"), "Unknown allocate method 'unifrm'.*'uniform"),
+        (lambda: preset("snapkv", capacty=4), "Unknown policy field 'capacty'.*mean 'capacity'"),
+        (lambda: preset("snapkv", **{"select.window": 4}), "Unknown policy field 'select.window'"),
+        (
+            lambda: Policy.from_json('{"select": {"method": "dense"}, "keep": {"capacty": 4}}'),
+            "Unknown keep field 'capacty'",
+        ),
+    ],
+)
+def test_unknown_parts_of_an_eviction(call, message):
+    with pytest.raises(UnknownNameError, match=message):
+        call()
 
 
 def test_errors_are_input_errors():

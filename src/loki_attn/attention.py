@@ -29,6 +29,7 @@ from loki_attn.profile import Profile
 from loki_attn.rope import Rope
 from loki_attn.row_format import RowFormat
 from loki_attn.select.base import Estimate, Selector
+from loki_attn.select.dense import Dense
 from loki_attn.types import AttentionCall, GroupReduce, LayerShape, Selection
 
 # Small enough that a block's logits stay in the processor's cache.
@@ -41,6 +42,7 @@ class LayerPolicy:
     """A policy bound to one layer: its selector, its own budget, its way to agree in a group.
 
     `eviction` is None where everything is kept, `reuse_above` None where every step chooses anew.
+    `plain` marks KV heads that the selection leaves alone, bool [kv_heads]; None for none.
     """
 
     shape: LayerShape
@@ -49,7 +51,16 @@ class LayerPolicy:
     group_reduce: GroupReduce
     eviction: LayerEviction | None = None
     reuse_above: float | None = None
-    _of_heads: dict[tuple[int, ...], "LayerPolicy"] = field(default_factory=dict)
+    plain: Tensor | None = None
+    # Not copied by `replace`: narrowed policies are those of this one.
+    _of_heads: dict[tuple[int, ...], "LayerPolicy"] = field(default_factory=dict, init=False)
+
+    @property
+    def parts(self) -> tuple[Tensor, ...]:
+        """KV heads whose rows lie apart from the start, in formats of their own; () for one."""
+        if self.plain is None:
+            return ()
+        return (~self.plain).nonzero()[:, 0], self.plain.nonzero()[:, 0]
 
     def of(self, heads: Tensor | None) -> "LayerPolicy":
         """Return the same for some of the KV heads, int64 [n]; None for all."""
@@ -60,9 +71,9 @@ class LayerPolicy:
             shape = replace(
                 self.shape, num_kv_heads=len(key), num_heads=len(key) * self.shape.group
             )
-            self._of_heads[key] = replace(
-                self, shape=shape, selector=self.selector.narrowed(heads), _of_heads={}
-            )
+            own = replace(self, shape=shape, selector=self.selector.narrowed(heads), plain=None)
+            mine = None if self.plain is None else self.plain[heads.cpu()]
+            self._of_heads[key] = own if mine is None else _leaving_alone(own, mine)
         return self._of_heads[key]
 
 
@@ -91,7 +102,7 @@ def bind(
     layer_basis = basis.layer(shape.index) if basis and policy.select.needs_basis else None
     known = profile.layer(shape.index) if profile is not None else None
     selector = policy.select.bind(shape, layer_basis, known)
-    return LayerPolicy(
+    bound = LayerPolicy(
         shape=shape,
         selector=selector,
         budget=policy.budget.for_layer(shape.index, num_layers),
@@ -106,10 +117,25 @@ def bind(
                 profile=known,
                 basis=layer_basis,
                 budget=policy.keep,
+                model_profile=profile,
             ),
         ),
         reuse_above=policy.reuse_above,
     )
+    plain = None if bound.eviction is None else bound.eviction.evictor.plain_heads()
+    if plain is None or policy.select.method == "dense":
+        return bound
+    return _leaving_alone(bound, plain)
+
+
+def _leaving_alone(layer: LayerPolicy, plain: Tensor) -> LayerPolicy:
+    """The same policy, but that the selection leaves these KV heads alone, bool [kv_heads]."""
+    if not bool(plain.any()):
+        return layer
+    if not bool(plain.all()):
+        return replace(layer, plain=plain.cpu())
+    selector = Dense().bind(layer.shape)
+    return replace(layer, selector=selector, budget=Budget(), reuse_above=None, plain=None)
 
 
 def _bind_eviction(policy: Policy, selector: Selector, place: Place) -> LayerEviction | None:

@@ -174,15 +174,19 @@ def _capacity(eviction: LayerEviction, turn: Turn) -> Tensor:
     shared = eviction.allocate.layer_capacities(
         budget.rows(tokens), always, tokens, eviction.place.num_layers
     )
-    return shared[eviction.place.shape.index]
+    # Layers that keep the same rows keep as many: what they get together, shared evenly.
+    leaders = [eviction.evict.leader(layer) for layer in range(eviction.place.num_layers)]
+    group = [i for i, one in enumerate(leaders) if one == leaders[eviction.place.shape.index]]
+    return shared[group].sum(0) // len(group)
 
 
 def _surplus(eviction: LayerEviction, turn: Turn, capacity: Tensor) -> Tensor:
-    """Rows of all heads above what they may hold, int64 [batch]; 1 where no amount is given."""
-    if not (eviction.evict.needs_budget and eviction.allocate.needs_budget):
-        return torch.ones_like(capacity)
-    held = _held(turn.rows)
+    """Rows of all heads above what they may hold, int64 [batch]; 0 or 1 without an amount."""
     room = eviction.budget.burst if eviction.when == "step" else 0
+    if not (eviction.evict.needs_budget and eviction.allocate.needs_budget):
+        due = any(eviction.of(shard).may_drop(shard.cache, room) for shard in turn.rows)
+        return torch.full_like(capacity, int(due))
+    held = _held(turn.rows)
     return held.sum(-1) - (capacity + room) * held.shape[1]
 
 

@@ -23,6 +23,7 @@ VERSION: Final = 1
 ROOMS: Final = ("select", "evict", "allocate")
 """The verbs that have methods of their own."""
 
+_OWN_FIELDS: Final = ("group_reduce", "name", "reuse_above")
 _DEFAULTS: Final = {"evict": "keep_all", "allocate": "uniform"}
 
 
@@ -181,26 +182,34 @@ def preset(name: str, /, **overrides: Any) -> Policy:
     parts |= {"budget": record.setdefault("budget", {}), "keep": record.setdefault("keep", {})}
     choices = _choices(parts)
     for key, value in overrides.items():
-        if key in {"name", "group_reduce", "reuse_above"}:
+        if key in _OWN_FIELDS:
             record[key] = value
-            continue
-        part, _, field_name = key.rpartition(".")
-        homes = [p for p, names in choices.items() if field_name in names and part in ("", p)]
-        if not homes:
-            known = {"group_reduce", "name", "reuse_above", *ROOMS}
-            raise unknown_name("policy field", key, known.union(*choices.values()))
-        if len(homes) > 1:
-            raise PolicyError(
-                f"{key!r} is a field of {' and of '.join(homes)}; say {homes[0]}.{key} or "
-                f"{homes[1]}.{key}."
-            )
-        parts[homes[0]][field_name] = value
+        else:
+            parts[_home_of(key, choices, parts)][key.rpartition(".")[2]] = value
     plain = {k.removeprefix("budget.").removeprefix("keep."): v for k, v in overrides.items()}
     _settle_amount(record["budget"], plain)
     for amount, other in (("capacity", "keep_share"), ("keep_share", "capacity")):
         if plain.get(amount) is not None and plain.get(other) is None:
             record["keep"].pop(other, None)
     return _from_record(record)
+
+
+def _home_of(
+    key: str, choices: Mapping[str, set[str]], parts: Mapping[str, Mapping[str, Any]]
+) -> str:
+    """The part of a policy that has a field, named alone or as "part.field"."""
+    part, _, name = key.rpartition(".")
+    homes = [home for home, names in choices.items() if name in names and part in ("", home)]
+    if not homes:
+        raise unknown_name("policy field", key, {*_OWN_FIELDS, *ROOMS}.union(*choices.values()))
+    if len(homes) > 1 and parts["select"]["method"] == "dense":
+        homes = [home for home in homes if home != "budget"]  # it reads everything
+    if len(homes) > 1:
+        raise PolicyError(
+            f"{key!r} is a field of {' and of '.join(homes)}; say {homes[0]}.{key} or "
+            f"{homes[1]}.{key}."
+        )
+    return homes[0]
 
 
 def _choices(parts: Mapping[str, Mapping[str, Any]]) -> dict[str, set[str]]:

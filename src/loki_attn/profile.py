@@ -140,8 +140,9 @@ class Profile:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the profile as safetensors; an interrupt leaves the old file intact."""
+        # Copies: layers may share a tensor, which the file format does not.
         tensors = {
-            f"layers.{index}.{name}": tensor
+            f"layers.{index}.{name}": tensor.clone()
             for index, layer in self.layers.items()
             for name, tensor in layer.items()
         }

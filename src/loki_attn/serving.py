@@ -17,7 +17,7 @@ from loki_attn.cache import LayerCache
 from loki_attn.evict.base import Attended
 from loki_attn.eviction import LayerEviction, Turn, observe
 from loki_attn.kernels import ops
-from loki_attn.shards import Shard
+from loki_attn.shards import LayerRows, Shard
 from loki_attn.types import AttentionCall, Selection
 
 How = Literal["dense", "decode", "every_query"]
@@ -41,6 +41,18 @@ class Served:
     how: How
     selection: Selection | None = None
     scored: bool = False
+
+
+def rows_for(layer: LayerPolicy, reserve_tokens: int = 0) -> LayerRows:
+    """Return a layer without rows yet, which stores them as its policy wants them.
+
+    Args:
+        layer: The bound policy.
+        reserve_tokens: Rows to allocate at the first append.
+    """
+    marks = {} if layer.eviction is None else layer.eviction.evictor.marks()
+    cache = LayerCache(layer.selector, reserve_tokens=reserve_tokens, marks=marks)
+    return LayerRows(cache, lambda heads: layer.of(heads).selector, layer.parts)
 
 
 def serve(
@@ -68,8 +80,7 @@ def serve(
     Returns:
         [batch, heads, q_len, value_dim] in the query's dtype, and what every shard did.
     """
-    if visible is not None:
-        turn.valid = visible[:, 0, -1:]
+    turn.valid = None if visible is None else visible[:, 0, -1:]
     turn.call = call
     parts = list(_serve_shards(query, turn, layer, call, visible, how, always=always))
     done = [served for served, _ in parts]

@@ -66,13 +66,18 @@ class LayerRows:
     Args:
         cache: The rows of all heads.
         narrow: Gives the row format of some of the heads.
+        parts: KV heads, int64 [n] each, that lie apart from the start, all of them together; the
+            cache must be empty then. () for one shard.
     """
 
-    def __init__(self, cache: LayerCache, narrow: Narrow | None = None) -> None:
-        """Start with one shard."""
-        self.shards: tuple[Shard, ...] = (Shard(cache),)
+    def __init__(
+        self, cache: LayerCache, narrow: Narrow | None = None, parts: Sequence[Tensor] = ()
+    ) -> None:
+        """Start with one shard, or one per part."""
         self.row_format = cache.row_format
         self._narrow: Narrow = narrow or (lambda heads: cache.row_format)
+        self._parts = tuple(parts)
+        self.shards: tuple[Shard, ...] = self._begin(cache)
 
     def __iter__(self) -> Iterator[Shard]:
         """The shards."""
@@ -224,10 +229,14 @@ class LayerRows:
         self.shards = tuple(shards)
 
     def converted(
-        self, row_format: RowFormat, narrow: Narrow | None, marks: Mapping[str, Mark]
+        self,
+        row_format: RowFormat,
+        narrow: Narrow | None,
+        marks: Mapping[str, Mark],
+        parts: Sequence[Tensor] = (),
     ) -> "LayerRows":
         """Return a copy in another format; the rows held must be as the model made them."""
-        other = LayerRows(LayerCache(row_format), narrow)
+        other = LayerRows(LayerCache(row_format), narrow, parts)
         other.shards = tuple(
             replace(
                 shard,
@@ -235,7 +244,8 @@ class LayerRows:
                     row_format if shard.heads is None else other._narrow(shard.heads), marks
                 ),
             )
-            for shard in self.shards
+            for whole in self.shards
+            for shard in other._cut(whole)
         )
         return other
 
@@ -246,11 +256,28 @@ class LayerRows:
 
     def reset(self) -> None:
         """Forget all rows and give their memory back."""
-        self.shards = (Shard(self.shards[0].cache.emptied(self.row_format)),)
+        self.shards = self._begin(self.shards[0].cache.emptied(self.row_format))
 
     def nbytes(self) -> int:
         """Bytes really held."""
         return sum(shard.cache.nbytes() for shard in self.shards)
+
+    def _begin(self, empty: LayerCache) -> tuple[Shard, ...]:
+        if not self._parts:
+            return (Shard(empty),)
+        return tuple(Shard(empty.emptied(self._narrow(part)), None, part) for part in self._parts)
+
+    def _cut(self, shard: Shard) -> Iterator[Shard]:
+        """A shard of other rows as these lie: no shard has heads of two parts."""
+        if not self._parts:
+            yield shard
+            return
+        heads = torch.cat(self._parts).sort().values if shard.heads is None else shard.heads
+        for part in self._parts:
+            inside = torch.isin(heads, part).nonzero()[:, 0]
+            if inside.numel():
+                cache = shard.cache.narrowed(None, inside, shard.cache.row_format)
+                yield Shard(cache, shard.batch, heads[inside])
 
     def _take(self, shards: list[Shard]) -> None:
         # One that is left alone holds everything, whichever parts it once was of.

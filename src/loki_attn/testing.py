@@ -1,12 +1,139 @@
 """Inputs, truth and the one assertion: for tests of methods and kernels, ours and yours."""
 
-from typing import Literal
+from collections.abc import Sequence
+from typing import Literal, final
 
 import torch
 from torch import Tensor
 
+from loki_attn import attention, eviction
 from loki_attn.basis import Basis, LayerBasis
+from loki_attn.eviction import Turn
+from loki_attn.kernels import ops
+from loki_attn.policy import Policy
+from loki_attn.profile import Profile
+from loki_attn.rope import Rope
+from loki_attn.serving import How, rows_for, serve
 from loki_attn.types import AttentionCall, LayerShape
+
+
+@final
+class DrivenLayer:
+    """One layer of a model that evicts, driven by hand: append, attend, learn, evict if it is time.
+
+    Layers that share one budget do not evict by themselves: call `evict_all` after each forward.
+
+    Args:
+        policy: The policy; it may select as well.
+        shape: Sizes of the layer.
+        num_layers: Layers of the model.
+        basis: For methods that need one.
+        profile: What was calibrated for a method that needs it.
+        rope: The layer's rotary embedding, for methods that move keys.
+        call: What the model asks; by default a scaling of head_dim ** -0.5.
+
+    Attributes:
+        layer: The bound policy.
+        rows: The layer's rows.
+        turn: What the eviction knows beside them.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        shape: LayerShape,
+        *,
+        num_layers: int = 1,
+        basis: Basis | None = None,
+        profile: Profile | None = None,
+        rope: Rope | None = None,
+        call: AttentionCall | None = None,
+    ) -> None:
+        """Bind the policy and start without rows."""
+        self.layer = attention.bind(policy, shape, num_layers, basis, profile, rope)
+        self.call = call or AttentionCall(scaling=shape.head_dim**-0.5)
+        self.rows = rows_for(self.layer)
+        self.turn = Turn(rows=self.rows)
+
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        visible: Tensor | None = None,
+        *,
+        how: How = "dense",
+    ) -> Tensor:
+        """Run one forward of the layer, and evict where it is time.
+
+        Args:
+            query: [batch, heads, tokens, head_dim].
+            key: [batch, kv_heads, tokens, head_dim].
+            value: [batch, kv_heads, tokens, value_dim].
+            visible: None for causal, or bool [batch or 1, 1, tokens, tokens seen, these included].
+            how: Whether everything is read, or the policy selects.
+
+        Returns:
+            [batch, heads, tokens, value_dim], attended before anything was evicted.
+        """
+        self.rows.append(key, value)
+        out, _ = serve(query, self.turn, self.layer, self.call, visible, how, always=True)
+        own, q_len = self.layer.eviction, query.shape[2]
+        if own is not None:
+            self.turn.waiting |= q_len > 1
+            if own.allocate.scope == "layer" and eviction.is_due(own, self.turn, q_len):
+                self.evict()
+        return out
+
+    def prompt(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        valid: Tensor | None = None,
+        *,
+        chunks: Sequence[int] = (),
+    ) -> Tensor:
+        """Attend densely to a prompt, at once or in chunks.
+
+        Args:
+            query: [batch, heads, tokens, head_dim].
+            key: [batch, kv_heads, tokens, head_dim].
+            value: [batch, kv_heads, tokens, value_dim].
+            valid: None, or bool [batch, tokens]: tokens that are no padding.
+            chunks: Tokens before which a new forward begins, ascending.
+
+        Returns:
+            [batch, heads, tokens, value_dim].
+        """
+        tokens, past, parts = key.shape[2], self.rows.seen, []
+        known = self.turn.valid
+        for start, end in zip((0, *chunks), (*chunks, tokens), strict=True):
+            seen = None
+            if valid is not None:
+                before = valid.new_ones(valid.shape[0], past) if known is None else known[:, 0]
+                real = torch.cat([before, valid[:, :end]], 1)
+                causal = ops().causal_mask(end - start, past + end, key.device)
+                seen = causal & real[:, None, None]
+            new = [rows[:, :, start:end] for rows in (query, key, value)]
+            parts.append(self.attend(new[0], new[1], new[2], seen))
+        return torch.cat(parts, 2)
+
+    def evict(self) -> int:
+        """Evict now; return how many rows went."""
+        return self.evict_all([self])
+
+    def positions(self) -> list[list[list[int]]]:
+        """Return the positions of the rows held, per batch row and KV head."""
+        parts = [shard.cache.positions for shard in self.rows]
+        whole = self.rows.together(parts, -1)
+        return [[[p for p in head if p >= 0] for head in row] for row in whole.tolist()]
+
+    @staticmethod
+    def evict_all(layers: Sequence["DrivenLayer"]) -> int:
+        """Evict from the layers of one model together; return how many rows went."""
+        turns = [(driven.layer.eviction, driven.turn) for driven in layers]
+        return eviction.evict([(own, turn) for own, turn in turns if own is not None])
 
 
 def layer_shape(

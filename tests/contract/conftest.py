@@ -1,7 +1,8 @@
-"""Every method, in every variant of its settings, every way to agree in a group, every backend."""
+"""Every method, in every variant of its settings and on every backend; every way to agree."""
 
 from collections import Counter
 from dataclasses import dataclass, fields
+from functools import cache as remembered
 from typing import Literal, get_args, get_origin
 
 import pytest
@@ -12,11 +13,15 @@ from loki_attn.budget import Budget
 from loki_attn.cache import LayerCache
 from loki_attn.kernels import backends, native, ops
 from loki_attn.kernels.native import place
-from loki_attn.policy import Policy, methods
+from loki_attn.policy import Policy, methods, preset, presets
+from loki_attn.profile import Profile
+from loki_attn.select.base import Estimate, Selector
 from loki_attn.testing import (
     assert_within_budget,
+    layer_shape,
     plain_attention,
     plain_reference,
+    random_rows,
     tiny_basis,
 )
 from loki_attn.types import AttentionCall, GroupReduce
@@ -33,6 +38,22 @@ class Case:
     def reads_everything(self):
         return self.select.method == "dense"
 
+    @property
+    def unit(self):
+        """Rows that are judged together."""
+        return self.select.unit
+
+    @property
+    def corrects(self):
+        """Whether the output is more than attention to the rows that were read."""
+        shape = layer_shape(2, 2, 16)
+        return type(self.layer(shape).selector).finish is not Selector.finish
+
+    @property
+    def ranks(self):
+        """Whether the query decides; recency does otherwise."""
+        return not self.reads_everything and self.select.method != "streaming_llm"
+
     def budget(self, **amount):
         """The budget, or the only one that the dense method takes."""
         return Budget() if self.reads_everything else Budget(**amount)
@@ -41,7 +62,8 @@ class Case:
         policy = Policy(
             select=self.select, budget=self.budget(**amount), group_reduce=self.group_reduce
         )
-        return attention.bind(policy, shape, 1, basis or tiny_basis(shape))
+        profile = profile_of(self.select, shape) if self.select.needs_profile else None
+        return attention.bind(policy, shape, 1, basis or tiny_basis(shape), profile)
 
     def filled(self, layer, key, value):
         cache = LayerCache(layer.selector)
@@ -54,8 +76,22 @@ class Case:
         cache = self.filled(layer, key, value)
         out, selection = attention.decode(query, cache, layer, call, visible)
         mask = mask_of(selection, query.shape[1], key.shape[2])
-        self.check(out, layer, query, key, value, mask, call, basis)
+        if self.corrects and int(selection.counts.min()) < key.shape[2]:
+            self.check_corrected(out, layer, query, cache, selection, mask, call, visible)
+        else:
+            self.check(out, layer, query, key, value, mask, call, basis)
         return out, selection
+
+    def check_corrected(self, out, layer, query, cache, selection, mask, call, visible):
+        """Attention to the marked rows, corrected by the method's own rule: that has its tests."""
+        rows = [rows.double() for rows in (query, cache.keys, cache.values)]
+        attended = plain_attention(*rows, mask, call).to(out.dtype)
+        logits = layer.selector.score(query, cache, call)
+        if visible is None:
+            visible = torch.ones(1, 1, 1, cache.length, dtype=torch.bool)
+        read = Estimate(query=query, cache=cache, call=call, logits=logits, visible=visible)
+        truth = layer.selector.finish(attended, selection, read)
+        torch.testing.assert_close(out.float(), truth.float())
 
     def check(self, out, layer, query, key, value, mask, call=None, basis=None):
         """Attention to the marked rows, and nothing else."""
@@ -105,19 +141,64 @@ def causal_of(q_len, seq):
     return torch.ones(q_len, seq).tril(seq - q_len).bool()[None, None]
 
 
-# What keeps an approximation approximate on heads as small as the tests'.
-SMALL = {"rank": 0.25}
+# What keeps an approximation approximate, and pages pages, on shapes as small as the tests'; and
+# what needs no training.
+SMALL = {
+    "rank": 0.25,
+    "page": 4,
+    "chunk": 4,
+    "block": 16,
+    "cluster": 2,
+    "representatives": 2,
+    "outliers": 2,
+    "local": 1,
+    "channels": 0.5,
+    "weights": "random",
+}
+THREE_RULES = ("softmax_sum", "max", "none")
 
 
 def variants(method):
     """A method's default setting, and each of its other choices alone."""
-    small = {field.name: SMALL[field.name] for field in fields(method) if field.name in SMALL}
+    small = {
+        field.name: SMALL[field.name]
+        for field in fields(method)
+        if field.name in SMALL
+        and (get_origin(field.type) is not Literal or SMALL[field.name] in get_args(field.type))
+    }
     yield method(**small)
     for field in fields(method):
+        if field.type is bool:
+            yield method(**small, **{field.name: not field.default})
         if get_origin(field.type) is Literal:
             for choice in get_args(field.type):
-                if choice != field.default:
-                    yield method(**small, **{field.name: choice})
+                if choice != field.default and small.get(field.name) != choice:
+                    yield method(**{**small, field.name: choice})
+
+
+def rules(select, *, default):
+    """Ways to agree: all for the method that ranks exactly and the one that leads the house."""
+    if select.method == "exact_topk" or (select.method == "loki" and default):
+        return get_args(GroupReduce)
+    if select.method == "loki":
+        return THREE_RULES
+    return (own_rule(select.method),)
+
+
+@remembered
+def own_rule(method):
+    """How a group agrees in the first preset of a method."""
+    own = [policy for policy in map(preset, presets()) if policy.select.method == method]
+    return own[0].group_reduce if own else "softmax_sum"
+
+
+@remembered
+def profile_of(select, shape):
+    """What calibrating a method on random rows makes."""
+    calibrator = type(select).calibrator()
+    query, key, _ = random_rows(shape, 64, q_len=64, seed=11)
+    calibrator.observe(shape.index, query, key)
+    return Profile(layers=calibrator.finish())
 
 
 def label(case):
@@ -128,9 +209,10 @@ def label(case):
 CASES = [
     Case(select, how)
     for method in methods().values()
-    for select in variants(method)
-    for how in get_args(GroupReduce)
+    for order, select in enumerate(variants(method))
+    for how in rules(select, default=order == 0)
 ]
+FUSED_RULES = {"softmax_sum", "max", "none"}
 
 
 @pytest.fixture(autouse=True, params=["reference", "native"])
@@ -172,7 +254,8 @@ def proven(served, name, decode):
         elif query.dtype == torch.float64:
             assert ran <= {"choose"}  # by recency: float32, whatever the rows are
         else:
-            assert ran == {"step"} if layer.selector.lead(cache) else {"choose", "attend"} <= ran
+            fused = layer.selector.lead(cache) is not None and layer.group_reduce in FUSED_RULES
+            assert ran == {"step"} if fused else {"choose", "attend"} <= ran
             assert native.last_isa() == native.isa()
         return result
 
@@ -191,13 +274,17 @@ def sparse_case(request):
     return request.param
 
 
+@pytest.fixture(scope="session", params=[c for c in CASES if c.ranks], ids=label)
+def ranking_case(request):
+    """The cases that rank rows by the query."""
+    return request.param
+
+
 @pytest.fixture(
-    scope="session",
-    params=[c for c in CASES if not c.reads_everything and c.select.method != "streaming_llm"],
-    ids=label,
+    scope="session", params=[c for c in CASES if c.ranks and c.select.estimates_mass], ids=label
 )
 def scoring_case(request):
-    """The cases that rank rows by the query, and so can estimate mass."""
+    """The cases whose scores are logits, and so estimate mass."""
     return request.param
 
 

@@ -9,7 +9,7 @@ from loki_attn.types import AttentionCall
 
 SHAPE = layer_shape(4, 2, 32)
 CALL = AttentionCall(scaling=32**-0.5)
-LENGTHS = [37, 12, 50]
+PADS = [13, 38, 0]
 SEQ = 50
 AMOUNTS = [
     {"fraction": 0.3, "sinks": 2, "recents": 3},
@@ -19,16 +19,24 @@ AMOUNTS = [
 JUNK = [1e9, float("inf"), float("-inf"), float("nan")]
 
 
-def span(length, side):
-    return slice(SEQ - length, SEQ) if side == "left" else slice(0, length)
+def sizes(unit):
+    """The length of the batch and of each row: whole units, which padding must not cut."""
+    pads = [-(-pad // unit) * unit for pad in PADS]
+    seq = max(-(-SEQ // unit) * unit, max(pads) + unit)
+    return seq, [seq - pad for pad in pads]
 
 
-def padded(side, junk):
+def span(length, seq, side):
+    return slice(seq - length, seq) if side == "left" else slice(0, length)
+
+
+def padded(unit, side, junk):
     """A batch of rows of several lengths; what is padded holds junk."""
-    query, key, value = random_rows(SHAPE, SEQ, batch=3, seed=5)
-    visible = torch.zeros(3, 1, 1, SEQ, dtype=torch.bool)
-    for row, length in enumerate(LENGTHS):
-        visible[row, ..., span(length, side)] = True
+    seq, lengths = sizes(unit)
+    query, key, value = random_rows(SHAPE, seq, batch=3, seed=5)
+    visible = torch.zeros(3, 1, 1, seq, dtype=torch.bool)
+    for row, length in enumerate(lengths):
+        visible[row, ..., span(length, seq, side)] = True
     hidden = ~visible[:, :, 0, :, None]
     return query, key.masked_fill(hidden, junk), value.masked_fill(hidden, junk), visible
 
@@ -36,13 +44,14 @@ def padded(side, junk):
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("amount", AMOUNTS, ids=str)
 def test_decode(case, side, amount):
+    seq, lengths = sizes(case.unit)
     for junk in (0.5, *JUNK):
-        query, key, value, visible = padded(side, junk)
+        query, key, value, visible = padded(case.unit, side, junk)
         layer = case.layer(SHAPE, **amount)
         cache = case.filled(layer, key, value)
         out, selection = attention.decode(query, cache, layer, CALL, visible)
-        for row, length in enumerate(LENGTHS):
-            own = span(length, side)
+        for row, length in enumerate(lengths):
+            own = span(length, seq, side)
             rows = [t[row : row + 1] for t in (query, key[:, :, own], value[:, :, own])]
             alone, chosen = case.decode(layer, *rows)
             counts = selection.counts[row : row + 1]
@@ -56,11 +65,12 @@ def test_decode(case, side, amount):
 def test_every_query(case, side, laws):
     """Padding queries are served, too; with left padding they see nothing and get zeros."""
     shape, amount = SHAPE, {"fraction": 0.3, "sinks": 1, "recents": 1}
-    query, key, value = random_rows(shape, SEQ, batch=3, q_len=SEQ, seed=6)
-    visible = laws.causal(SEQ, SEQ).expand(3, -1, -1, -1).clone()
-    for row, length in enumerate(LENGTHS):
-        hidden = torch.ones(SEQ, dtype=torch.bool)
-        hidden[span(length, side)] = False
+    seq, lengths = sizes(case.unit)
+    query, key, value = random_rows(shape, seq, batch=3, q_len=seq, seed=6)
+    visible = laws.causal(seq, seq).expand(3, -1, -1, -1).clone()
+    for row, length in enumerate(lengths):
+        hidden = torch.ones(seq, dtype=torch.bool)
+        hidden[span(length, seq, side)] = False
         visible[row, ..., hidden] = False
     layer = case.layer(shape, **amount)
     for junk in JUNK:
@@ -74,8 +84,8 @@ def test_every_query(case, side, laws):
         dense = attention.dense(query, case.filled(layer, *rows), layer, CALL, visible)
         assert bool(torch.isfinite(dense).all())
         assert bool((dense.masked_fill(~blind[..., None], 0.0) == 0).all())
-        for row, length in enumerate(LENGTHS):
-            own = span(length, side)
+        for row, length in enumerate(lengths):
+            own = span(length, seq, side)
             alone = case.every_query(
                 layer, *(t[row : row + 1, :, own] for t in (query, key, value))
             )

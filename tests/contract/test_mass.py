@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from loki_attn import attention
+from loki_attn.kernels import ops
 from loki_attn.testing import layer_shape, plain_attention, plain_weights, random_rows
 
 SHAPE = layer_shape(6, 2, 32)
@@ -16,6 +17,8 @@ def parts(case, laws, seed, **amount):
     layer, call = case.layer(SHAPE, **amount), laws.call(SHAPE)
     out, selection = case.decode(layer, query, key, value)
     mask = laws.mask(selection, 6, SEQ)
+    if case.corrects:  # the account is that of the rows which were read
+        out = ops().attend(query, key, value, selection, call).output
     kept = (plain_weights(query, key, None, call) * mask).sum(-1, keepdim=True)
     dense = plain_attention(query, key, value, None, call)
     return kept, dense, out, plain_attention(query, key, value, ~mask, call), value
@@ -46,8 +49,8 @@ def test_the_smallest_set_that_reaches_the_mass(scoring_case, laws, mass):
     cache = scoring_case.filled(layer, key, value)
     visible = torch.ones(1, 1, 1, SEQ, dtype=torch.bool)
     scores, _, _ = attention.select(query, cache, layer, call, visible)
-    summed = scoring_case.group_reduce == "softmax_sum"
-    share = scores[:, :, 0] if summed else scores[:, :, 0].softmax(-1)
+    weighed = scoring_case.group_reduce.startswith("softmax")
+    share = scores[:, :, 0] if weighed else scores[:, :, 0].softmax(-1)
     share = (share / share.sum(-1, keepdim=True)).double()
     for row, chosen, count in zip(
         share[0], selection.indices[0], selection.counts[0].tolist(), strict=True

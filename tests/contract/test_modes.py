@@ -39,9 +39,12 @@ def chunked(case, layer, query, key, value, call, edges):
 
 @pytest.mark.parametrize("amount", AMOUNTS, ids=str)
 def test_steps_chunks_and_one_forward_agree(case, laws, amount):
-    if "mass" in amount and case.select.method == "streaming_llm":
+    if "mass" in amount and not case.select.estimates_mass:
         amount = AMOUNTS[1]
     query, key, value = random_rows(SHAPE, SEQ, q_len=SEQ, batch=2, seed=2)
+    if case.unit > 1:
+        # Bounds of pages nearly tie more often than rows do: sums of eighths have no rounding.
+        query, key = ((rows * 8).round() / 8 for rows in (query, key))
     layer, call = case.layer(SHAPE, **amount), laws.call(SHAPE)
     whole = case.every_query(layer, query, key, value)
     steps = stepwise(case, layer, query, key, value, call)

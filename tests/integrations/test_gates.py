@@ -209,12 +209,16 @@ def test_without_a_profile_the_policy_says_what_to_do():
         loki_attn.attach(build(), "duo-attention")
 
 
-def test_in_a_model_full_heads_select_by_loki_and_streaming_heads_have_no_planes():
-    model = build()
+def with_loki():
+    """Head 0 of layer 0 selects, the others stream."""
     settings = {"full_heads": ((0,), ()), "evict.sinks": 2, "evict.recents": 6, "burst": 0}
     budget = {"top_k": 8, "budget.sinks": 1, "budget.recents": 1, "min_k": 1, "dense_below": 0}
-    policy = preset("loki", evict="duo_attention", rank=4, **settings, **budget)
-    with loki_attn.attach(model, policy, basis=random_basis(model)) as attachment:
+    return preset("loki", evict="duo_attention", rank=4, **settings, **budget)
+
+
+def test_in_a_model_full_heads_select_by_loki_and_streaming_heads_have_no_planes():
+    model = build()
+    with loki_attn.attach(model, with_loki(), basis=random_basis(model)) as attachment:
         cache = attachment.cache()
         model.generate(prompts(1, 40), max_new_tokens=6, do_sample=False, past_key_values=cache)
         first, second = (cache.layers[i].rows for i in range(2))
@@ -224,6 +228,37 @@ def test_in_a_model_full_heads_select_by_loki_and_streaming_heads_have_no_planes
         assert (full.length, streaming.length, second.whole.length) == (45, 8, 8)
         # One of two heads of one of two layers chooses, after the prompt.
         assert attachment.traffic.sparse_calls == 5
+
+
+@torch.no_grad()
+def test_a_prompt_looked_back_at_is_as_if_read_under_the_policy():
+    model, ids, step = build(), prompts(2, 40), prompts(2, 1, seed=9)
+    with loki_attn.attach(model, with_loki(), basis=random_basis(model)) as attachment:
+        straight, looked = attachment.cache(), attachment.cache()
+        model(input_ids=ids, past_key_values=straight)
+        attachment.use("dense")
+        with attachment.recording():
+            model(input_ids=ids, past_key_values=looked)
+        attachment.use(with_loki())
+        assert attachment.compress(looked) == 2 * 3 * (40 - 8)
+        assert cache_bytes(looked) == cache_bytes(straight)
+        one, other = (
+            model(input_ids=step, past_key_values=cache).logits for cache in (straight, looked)
+        )
+    assert torch.equal(one, other)
+
+
+@torch.no_grad()
+def test_where_every_query_selects_a_cache_changes_nothing():
+    model, ids = build(), prompts(2, 40)
+    policy, basis = with_loki(), random_basis(model)
+    with loki_attn.attach(model, policy, basis=basis, mode="every_query") as attachment:
+        with_cache = model(input_ids=ids, past_key_values=attachment.cache()).logits
+        without = model(input_ids=ids, use_cache=False).logits
+        attachment.use("dense")
+        dense = model(input_ids=ids, use_cache=False).logits
+    assert torch.equal(with_cache, without)
+    assert not torch.allclose(with_cache, dense)
 
 
 def test_what_the_method_makes_of_full_heads_is_what_decoding_gives():

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from loki_attn.basis import Basis
     from loki_attn.bench.decode import Outcome
     from loki_attn.bench.shapes import Shape
+    from loki_attn.bench.speaking import Speaker
     from loki_attn.policy import Policy
     from loki_attn.profile import Profile
 
@@ -212,7 +213,6 @@ def _measure_speech(
         GenerateBench,
         measure_generation,
     )
-    from loki_attn.bench.speaking import Speaker
     from loki_attn.integrations.transformers.probe import logit_distance
     from loki_attn.integrations.transformers.speaker import Speaker as Speaking
     from loki_attn.integrations.transformers.speaker import attached_twin

@@ -78,7 +78,7 @@ class ByteModel:
         """Start without any method bound."""
         self._basis = basis
         self._layout = layout
-        self._rows: dict[Select, dict[int, tuple[int, int]]] = {}
+        self._rows: dict[Select, dict[int, tuple[int, float]]] = {}
 
     def step(self, policy: Policy, context: int) -> StepBytes:
         """Predict one step.
@@ -109,13 +109,13 @@ class ByteModel:
                 continue
             _require_known(policy, budget, shape, ranks=ranked > 0)
             selecting += 1
-            scored += held * ranked
+            scored += round(held * ranked)
             chosen += shape.num_kv_heads * budget.count(context) * kept
         return StepBytes(
             scored=scored, chosen=chosen, whole=whole, dense=dense, selecting_layers=selecting
         )
 
-    def _row_bytes(self, policy: Policy) -> dict[int, tuple[int, int]]:
+    def _row_bytes(self, policy: Policy) -> dict[int, tuple[int, float]]:
         """By layer: bytes of a row with its value, and bytes that ranking it reads."""
         if policy.select not in self._rows:
             layout = self._layout

@@ -128,6 +128,12 @@ class Fidelity:
     ) -> Iterator[tuple[Contender, Record]]:
         """Judge all contenders in one dense forward."""
         del dense
+        for contender in contenders:
+            if contender.policy.evicts:
+                raise InputError(
+                    f"Fidelity judges what is read, and {contender.name} also evicts; measure it "
+                    "by perplexity, or judge its selection alone."
+                )
         probe = _Probe(contenders, lm.num_layers, self.queries, self.window_tokens)
         with lm.observing(probe):
             lm.prefill(torch.tensor([item.content["ids"]]))
@@ -204,7 +210,9 @@ def _bind(contender: Contender, seen: Observation, num_layers: int) -> LayerPoli
         head_dim=seen.key.shape[3],
         value_dim=seen.value.shape[3],
     )
-    return attention.bind(contender.policy, shape, num_layers, contender.basis)
+    return attention.bind(
+        contender.policy, shape, num_layers, contender.basis, contender.profile
+    )
 
 
 def _exact_twin(contender: Contender, layer: LayerPolicy) -> LayerPolicy:

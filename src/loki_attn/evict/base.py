@@ -11,6 +11,7 @@ from loki_attn.basis import LayerBasis
 from loki_attn.cache import LayerCache
 from loki_attn.keep_budget import KeepBudget
 from loki_attn.kernels import ops
+from loki_attn.profile import Profile
 from loki_attn.rope import Rope
 from loki_attn.row_format import Mark
 from loki_attn.types import AttentionCall, LayerShape
@@ -41,6 +42,8 @@ class Place:
         profile: What was calibrated for this method and layer, by name; None without a profile.
         basis: The layer's basis, None without one.
         budget: The budget of the policy.
+        model_profile: The same as `profile` for all layers, where one layer's part depends on the
+            others; None without a profile.
     """
 
     shape: LayerShape
@@ -49,6 +52,7 @@ class Place:
     profile: Mapping[str, Tensor] | None = None
     basis: LayerBasis | None = None
     budget: KeepBudget = field(default_factory=KeepBudget)
+    model_profile: Profile | None = None
 
 
 @final
@@ -147,6 +151,23 @@ class Evictor(ABC):
             bool [batch, kv_heads, length].
         """
         return best(scores, counts, protected, valid)
+
+    def may_drop(self, cache: LayerCache, burst: int) -> bool:
+        """Whether any row may go, asked of methods without a budget before rows are judged.
+
+        Args:
+            cache: The layer's rows.
+            burst: Rows above what the method keeps that it may hold.
+        """
+        del cache, burst
+        return True
+
+    def plain_heads(self) -> Tensor | None:
+        """Return the KV heads that a selection should leave alone, bool [kv_heads]; None for none.
+
+        They keep so little that all of it is read: their rows are stored apart, without planes.
+        """
+        return None
 
     def settle(self, cache: LayerCache) -> None:
         """Put things right after rows were dropped; by default there is nothing to do."""

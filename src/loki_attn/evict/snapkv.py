@@ -77,7 +77,7 @@ class _SnapKV(Evictor):
 
     def observe(self, cache: LayerCache, seen: Attended) -> None:
         """Remember the last queries."""
-        remember_queries(cache, seen.query, self._spec.window)
+        remember_queries(cache, seen, self._spec.window)
 
     def scores(self, cache: LayerCache, call: AttentionCall, valid: Tensor | None) -> Tensor:
         """Attention of the window, over the group, pooled."""

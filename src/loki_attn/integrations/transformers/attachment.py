@@ -8,10 +8,7 @@ from typing import TYPE_CHECKING, Any, Final, Self
 
 from torch import nn
 from torch.utils.hooks import RemovableHandle
-from transformers import (
-    Cache,
-    PreTrainedModel,
-)
+from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from loki_attn.attention import LayerPolicy
@@ -37,6 +34,7 @@ from loki_attn.integrations.transformers.probe import (
 )
 from loki_attn.integrations.transformers.registering import implementations, register
 from loki_attn.integrations.transformers.rotary import find_ropes
+from loki_attn.integrations.transformers.second_pass import Prompt
 from loki_attn.integrations.transformers.traffic import Scales, Traffic
 from loki_attn.policy import Policy, as_policy, preset
 from loki_attn.profile import Profile
@@ -204,21 +202,24 @@ class Attachment:
         self.policy, self._shared.mode = chosen, wanted
         self.basis, self.profile = given.basis, given.profile
 
-    def compress(self, cache: Cache) -> int:
+    def compress(self, cache: Cache, prompt: Prompt | None = None) -> int:
         """Evict from a cache whose prompt was read densely, with its queries recorded.
 
         The same rows go as if the policy had been in use while the prompt was read in one forward.
 
         Args:
             cache: A cache of this attachment that was filled inside `recording()`.
+            prompt: What it was filled with: methods that read it a second time (KVzip) need that,
+                and no recording.
 
         Returns:
             Rows dropped, summed over layers and KV heads.
 
         Raises:
             CacheError: If its queries were not recorded, or rows have gone already.
+            InputError: If the prompt is needed and missing, or not the one in the cache.
         """
-        return self._dropper.compress(self._states.values(), cache)
+        return self._dropper.compress(self.model, self._states.values(), cache, prompt)
 
     def weigh(self) -> Scales:
         """Return scales that weigh the cache of the forwards from now on, layer by layer."""

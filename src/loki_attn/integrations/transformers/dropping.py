@@ -1,10 +1,12 @@
 """Dropping: evictions of the layers of a transformers cache, in time or looking back."""
 
-from collections.abc import Collection, Iterable, Sequence
+import warnings
+from collections.abc import Collection, Sequence
+from itertools import groupby
 from typing import final
 
 from torch import Tensor
-from transformers import Cache
+from transformers import Cache, PreTrainedModel
 
 from loki_attn.attention import LayerPolicy
 from loki_attn.errors import CacheError
@@ -12,6 +14,7 @@ from loki_attn.evict.base import Attended
 from loki_attn.eviction import LayerEviction, evict, is_due, observe
 from loki_attn.integrations.transformers.function import LayerState, Shared
 from loki_attn.integrations.transformers.layers import LokiLayer, plain_tensors
+from loki_attn.integrations.transformers.second_pass import Prompt, reads_twice, second_pass
 
 
 @final
@@ -26,6 +29,7 @@ class Dropper:
         """Wait for layers to attend."""
         self._shared = shared
         self._due: list[tuple[LayerEviction, LokiLayer]] = []
+        self._told = False
 
     def attended(self, state: LayerState, q_len: int, layers: Collection[int]) -> None:
         """Drop what a layer need not keep, at once or after the last of these layers."""
@@ -38,33 +42,63 @@ class Dropper:
         if state.index == min(layers):
             self._due = []  # a forward that failed may have left some
         eviction = policy.eviction
-        if eviction is not None:
+        if eviction is not None and reads_twice(eviction):
+            self._tell(q_len)
+        elif eviction is not None:
             layer.turn.waiting |= q_len > 1
             if self._shared.mode == "decode" and is_due(eviction, layer.turn, q_len):
                 self._due.append((eviction, layer))
-        alone = eviction is not None and eviction.allocate.scope == "layer"
-        if self._due and (alone or state.index == max(layers)):
+        last = state.index == max(layers)
+        if eviction is not None and eviction.allocate.scope == "layer":
+            # Layers that keep the same rows are evicted from together, after the last of them.
+            leader = eviction.evict.leader
+            last = state.index == max(i for i in layers if leader(i) == leader(state.index))
+        if self._due and last:
             due, self._due = self._due, []
             self._drop(due)
 
-    def compress(self, states: Iterable[LayerState], cache: Cache) -> int:
-        """Evict from a cache whose queries were recorded; see `Attachment.compress`."""
+    def compress(
+        self,
+        model: PreTrainedModel,
+        states: Collection[LayerState],
+        cache: Cache,
+        prompt: Prompt | None,
+    ) -> int:
+        """Evict from a cache of a prompt that was read densely; see `Attachment.compress`."""
         before, due = self._shared.traffic.evicted_rows, []
-        for state in states:
-            layer, policy = cache.layers[state.index], state.policy
-            if policy is None:
-                continue
-            if not isinstance(layer, LokiLayer) or layer.asked is None or layer.rows.evicted:
+        bound = [(s.policy, cache.layers[s.index]) for s in states if s.policy is not None]
+        twice = any(p.eviction is not None and reads_twice(p.eviction) for p, _ in bound)
+        for policy, layer in bound:
+            ours = isinstance(layer, LokiLayer) and not layer.rows.evicted
+            if not ours or (layer.asked is None and not twice):
                 raise CacheError(
                     "compress needs a cache that was filled inside `recording()`, of which nothing "
                     "was evicted."
                 )
             layer.follow(policy)
             if policy.eviction is not None:
-                _look_back(policy, layer)
                 due.append((policy.eviction, layer))
+            if policy.eviction is not None and not twice:
+                _look_back(policy, layer)
+        if twice:
+            self._told = True
+            second_pass(model, self._shared, states, cache, prompt)
+        for _, layer in bound:
+            layer.asked = None
         self._drop(due)
         return self._shared.traffic.evicted_rows - before
+
+    def _tell(self, q_len: int) -> None:
+        """Say once that nothing goes without a second pass."""
+        if self._told or q_len > 1 or self._shared.mode != "decode":
+            return
+        self._told = True
+        warnings.warn(
+            "This eviction judges rows in a second pass over the prompt, which generate does not "
+            "make: nothing is evicted. Read the prompt into attachment.cache(), call "
+            "attachment.compress(cache, Prompt(ids=..., tokenizer=...)), then go on from it.",
+            stacklevel=2,
+        )
 
     def _drop(self, due: Sequence[tuple[LayerEviction, LokiLayer]]) -> None:
         """Evict, in storage that may be written in any mode."""
@@ -72,7 +106,8 @@ class Dropper:
             return
         together = due[0][0].allocate.scope == "model"
         with plain_tensors():
-            for part in [due] if together else [[one] for one in due]:
+            groups = groupby(due, key=lambda one: one[0].evict.leader(one[0].place.shape.index))
+            for part in [due] if together else [list(group) for _, group in groups]:
                 turns = [(eviction, layer.turn) for eviction, layer in part]
                 self._shared.traffic.evicted_rows += evict(turns)
             for eviction, layer in due:
@@ -91,4 +126,3 @@ def _look_back(policy: LayerPolicy, layer: LokiLayer) -> None:
     with plain_tensors():
         for shard in layer.rows:
             observe(eviction, layer.turn, shard, Attended(query=rows, call=call))
-    layer.asked = None

@@ -3,6 +3,17 @@
 Each KV head's attention becomes a mixture: gate * (attention to everything) + (1 - gate) *
 (attention to sinks and recents). Gates start at 1 and are pushed down by their own sum; what the
 model loses at answering for passkeys pushes back (DuoAttention, arXiv 2410.10819, section 2.2).
+
+    model, tokenizer = loki_attn.models.load("smollm2-135m", torch.float32)
+    profile = optimise_gates(model, tokenizer, text, steps=200, context_tokens=(256, 768), sinks=16,
+                             recents=64, passkeys=4, passkey_words=6)
+    profile.save(loki_attn.models.profiles.profile_path("smollm2-135m", "duo_attention"))
+    attachment = attach(model, "duo-attention", profile=profile, sparsity=0.5)
+
+What differs from the paper: states are compared where a passkey's token comes next; the words of
+passkeys are drawn from the filler; the rate rises over the first fifth of the steps and falls over
+the last; one text makes a step. A streaming head sees sinks and recents of every query, its own
+token among the recents.
 """
 
 from collections.abc import Callable, Iterator, Mapping

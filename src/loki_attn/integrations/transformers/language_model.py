@@ -4,6 +4,7 @@ import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any, Final, Self
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from loki_attn.integrations.transformers.attachment import Attachment, attach
 from loki_attn.integrations.transformers.function import Observer
 from loki_attn.integrations.transformers.identity import identity
 from loki_attn.integrations.transformers.layers import cache_bytes
+from loki_attn.integrations.transformers.second_pass import Prompt
 from loki_attn.integrations.transformers.traffic import Traffic
 from loki_attn.policy import Policy, as_policy
 from loki_attn.profile import Profile
@@ -38,6 +40,7 @@ class TransformersLM:
         self.model = model
         self.tokenizer = tokenizer
         self._attachment: Attachment = attach(model, "dense")
+        self._prompts: WeakKeyDictionary[Cache, Tensor] = WeakKeyDictionary()
 
     def __enter__(self) -> Self:
         """Return the model."""
@@ -140,7 +143,7 @@ class TransformersLM:
             reserve_tokens: Room for tokens that will follow.
             chunk_tokens: Tokens per forward; None reads all at once.
             progress: Called after every forward with the tokens done and the tokens to do.
-            record: Keep the queries with the cache, so that `compress` can judge its rows.
+            record: Keep queries and tokens with the cache, so that `compress` can judge its rows.
         """
         total = ids.shape[1]
         cache, done = self._attachment.cache(reserve_tokens=total + reserve_tokens), 0
@@ -153,15 +156,22 @@ class TransformersLM:
             done += chunk.shape[1]
             if progress is not None:
                 progress(done, total)
+        if record:
+            self._prompts[cache] = ids
         return cache
 
     def fork(self, cache: Cache) -> Cache:
         """Return an independent copy of a cache that was read densely."""
-        return copy.deepcopy(cache)
+        twin = copy.deepcopy(cache)
+        if cache in self._prompts:
+            self._prompts[twin] = self._prompts[cache]
+        return twin
 
     def compress(self, cache: Cache) -> int:
         """Drop from a cache that was read with `record` what the policy drops after a prompt."""
-        return self._attachment.compress(cache)
+        ids = self._prompts.get(cache)
+        prompt = None if ids is None else Prompt(ids=ids, tokenizer=self.tokenizer)
+        return self._attachment.compress(cache, prompt)
 
     def held_bytes(self, cache: Cache) -> int:
         """Bytes that a cache holds, unused room included."""
@@ -171,6 +181,8 @@ class TransformersLM:
         """Forget the last `tokens` tokens of a cache."""
         if tokens:
             cache.crop(-tokens)
+        if cache in self._prompts:
+            self._prompts[cache] = self._prompts[cache][:, : cache.get_seq_length()]
 
     def extend(self, cache: Cache | None, ids: Tensor) -> Iterator[Tensor]:
         """Read tokens int64 [1, n] in one forward and yield the logits after each, in blocks.
