@@ -30,8 +30,11 @@ nitpick_ignore_regex = [
     ("py:class", r"(Tensor|Path|PreTrainedModel|PreTrainedTokenizerBase|DataclassInstance)"),
     # Rooms that have no reference, named in signatures of those that have.
     ("py:.*", r"loki_attn\.(bench|kernels|report\.rows|tune\.space)\..*"),
+    ("py:.*", r"loki_attn\.integrations\.transformers\.(binding|function|traffic)\..*"),
     # A recursive alias: inside itself it is a name in quotes that no module can be found for.
     ("py:class", "JSON"),
+    # A dataclass field with a default factory: Sphinx then splits the signature at every comma.
+    ("py:class", r"dict\[int"),
 ]
 
 # MyST: formulas between dollars, tables and lists as on any forge.

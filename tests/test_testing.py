@@ -3,7 +3,9 @@
 import pytest
 import torch
 
+from loki_attn.policy import preset
 from loki_attn.testing import (
+    DrivenLayer,
     assert_within_budget,
     layer_shape,
     plain_attention,
@@ -77,3 +79,23 @@ def test_random_rows_have_the_spectrum_that_the_basis_shows():
     expected = torch.arange(1.0, 17) ** -2
     torch.testing.assert_close(variance, expected.expand(2, -1), rtol=0.1, atol=0)
     assert not torch.equal(*tiny_basis(shape).layer(0).key_map)
+
+
+def test_a_driven_layer_attends_evicts_and_tells_what_is_left():
+    shape = layer_shape(4, 2, 8)
+    query, key, value = random_rows(shape, 31, batch=2, q_len=31)
+    driven = DrivenLayer(preset("knorm", capacity=10), shape)
+    assert driven.evict() == 0
+    out = driven.prompt(*(rows[:, :, :30] for rows in (query, key, value)), chunks=(7, 20))
+    assert out.shape == (2, 4, 30, 8)
+    assert [[len(head) for head in row] for row in driven.positions()] == [[10, 10]] * 2
+    held = driven.positions()
+    step = driven.attend(*(rows[:, :, 30:] for rows in (query, key, value)))
+    mask = torch.zeros(2, 2, 1, 31, dtype=torch.bool)
+    for b, row in enumerate(held):
+        for h, head in enumerate(row):
+            mask[b, h, 0, [*head, 30]] = True
+    seen = mask.repeat_interleave(2, 1)
+    expected = plain_attention(query[:, :, 30:], key, value, seen, driven.call)
+    torch.testing.assert_close(step, expected)
+    assert driven.positions() == [[[*head, 30] for head in row] for row in held]

@@ -1,10 +1,12 @@
 """Docstrings of the house, made ready for napoleon.
 
-Two things differ from what it expects. A module's docstring is prose for people who read the file,
-so only its first paragraph goes to the site. And a sentence with a colon is a sentence, where
-napoleon would take what stands before the colon for a type.
+Three things differ from what it expects. A module's docstring is prose for people who read the
+file, so only its first paragraph goes to the site. A sentence with a colon is a sentence, where
+napoleon would take what stands before the colon for a type. And bars are those of a formula, |q|,
+where docutils would look for a name to put in their place.
 """
 
+import re
 from typing import Any, Final
 
 from sphinx.application import Sphinx
@@ -13,6 +15,8 @@ _BEFORE_NAPOLEON: Final = 400
 _AFTER_NAPOLEON: Final = 600
 # A character of the private use area stands in for a colon while napoleon reads.
 _STAND_IN: Final = "\ue000"
+# Code stays as it is.
+_BAR: Final = re.compile(r"(`[^`]*`)|\|")
 _SECTIONS: Final = ("Args:", "Attributes:", "Raises:", "Returns:", "References:", "Yields:")
 _PROSE: Final = ("Returns:", "References:", "Yields:")
 
@@ -44,4 +48,5 @@ def _restore(
     app: Sphinx, what: str, name: str, value: object, options: object, lines: list[str]
 ) -> None:
     del app, what, name, value, options
-    lines[:] = [line.replace(_STAND_IN, ":") for line in lines]
+    for at, line in enumerate(lines):
+        lines[at] = _BAR.sub(lambda found: found[1] or "\\|", line.replace(_STAND_IN, ":"))

@@ -203,10 +203,10 @@ def test_rows_are_not_judged_before_the_high_water(monkeypatch):
     assert judged
 
 
-def test_padding_is_no_sink_and_batch_rows_share_their_caches():
+@pytest.mark.parametrize("first", [5, 17], ids=["padded", "shorter than sinks and recents"])
+def test_padding_is_no_sink_and_batch_rows_share_their_caches(first):
     rows = random_rows(SHAPE, TOKENS, batch=2, q_len=TOKENS)
     valid = torch.ones(2, TOKENS, dtype=torch.bool)
-    first = 17  # the short row begins with 3 tokens: less than sinks and recents
     valid[1, :first] = False
     for part in rows[1:]:
         part[1, :, :first] = float("nan")
@@ -218,7 +218,7 @@ def test_padding_is_no_sink_and_batch_rows_share_their_caches():
             got = outs[row : row + 1, :, token].double()
             torch.testing.assert_close(got, truth, rtol=1e-4, atol=1e-5)
     assert [shard.batch for shard in layer.rows] == [None, None]
-    assert layer.positions()[1][0] == [17, 18, *range(38, 44)]
+    assert layer.positions()[1][0] == [first, first + 1, *range(38, 44)]
 
 
 def test_requests_share_nothing():
@@ -267,7 +267,7 @@ def test_the_budget_may_protect_more():
 )
 def test_the_number_of_full_heads_is_exact_whatever_ties(layers, sparsity):
     table = {i: torch.tensor(layer) for i, layer in enumerate(layers)}
-    full = full_by_gates(table, sparsity)
+    full = full_by_gates(dict(reversed(table.items())), sparsity)
     flat = [(gate, i, h) for i, layer in enumerate(layers) for h, gate in enumerate(layer)]
     assert sum(int(marks.sum()) for marks in full.values()) == round((1 - sparsity) * len(flat))
     assert [marks.numel() for marks in full.values()] == [len(layer) for layer in layers]

@@ -43,6 +43,13 @@ def test_a_share_is_of_the_tokens_seen_rounded_up(amount_case):
     assert lengths(driven).sum(-1).tolist() == [2 * math.ceil(0.3 * SEQ)] * 2
 
 
+def test_the_window_stays_where_no_more_is_asked_for(evict_case):
+    _, held, _ = run(evict_case, capacity=14)
+    window = evict_case.evict.window
+    for row in held[0]:
+        assert all(set(head) >= set(range(SEQ - window, SEQ)) for head in row)
+
+
 def test_first_and_last_rows_stay_and_count(evict_case):
     driven, held, _ = run(evict_case, steps=6, capacity=14, keep_first=FIRST, keep_last=LAST)
     last = max(LAST, evict_case.evict.window)

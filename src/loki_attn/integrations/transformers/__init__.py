@@ -4,11 +4,13 @@ from loki_attn.integrations.transformers.attachment import Attachment, attach
 from loki_attn.integrations.transformers.calibration import calibrate, collect_stats
 from loki_attn.integrations.transformers.function import Observation
 from loki_attn.integrations.transformers.language_model import TransformersLM
+from loki_attn.integrations.transformers.second_pass import Prompt
 from loki_attn.integrations.transformers.traffic import Traffic
 
 __all__ = [
     "Attachment",
     "Observation",
+    "Prompt",
     "Traffic",
     "TransformersLM",
     "attach",
