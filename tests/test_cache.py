@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from loki_attn.cache import LayerCache
-from loki_attn.row_format import RowFormat
 from loki_attn.errors import CacheError
 from loki_attn.policy import preset
+from loki_attn.row_format import RowFormat
 from loki_attn.testing import layer_shape, random_rows, tiny_basis
 
 SHAPE = layer_shape(4, 2, 8, 6)

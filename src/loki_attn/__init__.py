@@ -13,8 +13,10 @@ if TYPE_CHECKING:
     from loki_attn.errors import LokiAttnError
     from loki_attn.fitting import fit
     from loki_attn.integrations.transformers import attach, calibrate
+    from loki_attn.keep_budget import KeepBudget
     from loki_attn.key_stats import KeyStats
     from loki_attn.policy import Policy, preset, presets
+    from loki_attn.profile import Profile
     from loki_attn.types import Selection
 
 __version__: Final = "0.1.0"
@@ -22,10 +24,12 @@ __version__: Final = "0.1.0"
 _HOMES: Final = {
     "Basis": "loki_attn.basis",
     "Budget": "loki_attn.budget",
+    "KeepBudget": "loki_attn.keep_budget",
     "KeyStats": "loki_attn.key_stats",
     "LayerCache": "loki_attn.cache",
     "LokiAttnError": "loki_attn.errors",
     "Policy": "loki_attn.policy",
+    "Profile": "loki_attn.profile",
     "Selection": "loki_attn.types",
     "attach": "loki_attn.integrations.transformers",
     "calibrate": "loki_attn.integrations.transformers",
@@ -37,10 +41,12 @@ _HOMES: Final = {
 __all__ = [
     "Basis",
     "Budget",
+    "KeepBudget",
     "KeyStats",
     "LayerCache",
     "LokiAttnError",
     "Policy",
+    "Profile",
     "Selection",
     "__version__",
     "attach",

@@ -42,6 +42,7 @@ class LayerPolicy:
     """A policy bound to one layer: its selector, its own budget, its way to agree in a group.
 
     `eviction` is None where everything is kept, `reuse_above` None where every step chooses anew.
+    `estimates_mass` says whether the selector's scores are logits.
     `plain` marks KV heads that the selection leaves alone, bool [kv_heads]; None for none.
     """
 
@@ -51,6 +52,7 @@ class LayerPolicy:
     group_reduce: GroupReduce
     eviction: LayerEviction | None = None
     reuse_above: float | None = None
+    estimates_mass: bool = True
     plain: Tensor | None = None
     # Not copied by `replace`: narrowed policies are those of this one.
     _of_heads: dict[tuple[int, ...], "LayerPolicy"] = field(default_factory=dict, init=False)
@@ -121,6 +123,7 @@ def bind(
             ),
         ),
         reuse_above=policy.reuse_above,
+        estimates_mass=policy.select.estimates_mass,
     )
     plain = None if bound.eviction is None else bound.eviction.evictor.plain_heads()
     if plain is None or policy.select.method == "dense":

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final, final, get_args
 from loki_attn.budget import Budget
 from loki_attn.errors import PolicyError, unknown_name
 from loki_attn.keep_budget import KeepBudget
-from loki_attn.presets import PRESETS
+from loki_attn.named_policies import PRESETS
 from loki_attn.types import GroupReduce
 
 if TYPE_CHECKING:

@@ -132,7 +132,8 @@ def _serve_shard(
     elif weigh or layer.reuse_above is not None:
         out, selection, logits = attention.decode_weighing(query, cache, layer, call, visible)
         scored = logits is not None
-        weights = _weights(logits, query, cache, call, visible) if weigh else None
+        if weigh and layer.estimates_mass:
+            weights = _weights(logits, query, cache, call, visible)
     else:
         out, selection = attention.decode(query, cache, layer, call, visible)
         scored = True

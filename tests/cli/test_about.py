@@ -7,26 +7,29 @@ import pytest
 
 from loki_attn.cli.methods import introduction
 from loki_attn.kernels import backends
-from loki_attn.policy import methods, presets
+from loki_attn.policy import ROOMS, methods, presets
 
 
 def test_methods(loki):
     done = loki("methods")
     assert done.stderr == ""
-    for name in (*methods(), *presets(), "2406.02542", "2309.17453"):
+    every = [name for verb in ROOMS for name in methods(verb)]
+    for name in (*every, *presets(), "2406.02542", "2309.17453"):
         assert name in done.stdout
 
 
 def test_methods_json(loki):
     found = loki("methods", "--json").json
-    by_name = {method["method"]: method for method in found["methods"]}
-    assert by_name.keys() == methods().keys()
-    loki_method = by_name["loki"]
-    assert loki_method["verb"] == "select"
-    assert loki_method["needs_basis"] is True
+    by_name = {(method["verb"], method["method"]): method for method in found["methods"]}
+    assert by_name.keys() == {(verb, name) for verb in ROOMS for name in methods(verb)}
+    loki_method = by_name["select", "loki"]
+    assert loki_method["needs"] == "a basis"
+    assert by_name["evict", "snapkv"]["needs"] == "attention of the last queries"
+    assert by_name["evict", "uncomp"]["needs"] == "attention of the last queries"
     assert loki_method["arxiv"] == "2406.02542"
     assert "T * (rank + 2)" in loki_method["bytes_read"]
-    assert all(method["what"] and method["bytes_read"] for method in found["methods"])
+    told = ("what", "bytes_read", "state", "paper")
+    assert all(method[field] for method in found["methods"] for field in told)
     assert {preset["policy"] for preset in found["presets"]} == set(presets())
 
 

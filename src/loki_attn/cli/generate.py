@@ -149,7 +149,12 @@ def _tell(result: dict[str, Any]) -> None:
         terminal.say(
             f"the first {result['equal_tokens']} of {result['new_tokens']} tokens are the same"
         )
-    if result["selecting_share"] == 0 and result["policy"] != "dense":
+    if result["evicted_rows"]:
+        terminal.say(
+            f"{result['evicted_rows']:,} rows were evicted; held in the mean: "
+            f"{result['kept_bytes_share']:.1%} of what dense attention holds"
+        )
+    elif result["selecting_share"] == 0 and result["policy"] != "dense":
         terminal.say("the budget covered the whole context: every step read everything")
         return
     terminal.say(

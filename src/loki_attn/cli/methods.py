@@ -1,5 +1,6 @@
 """`loki-attn methods`: what there is to choose from."""
 
+from dataclasses import MISSING, fields
 from typing import Any, Final
 
 from loki_attn.cli import options, terminal
@@ -71,7 +72,9 @@ def _methods() -> list[dict[str, Any]]:
 
 
 def needs_of(method: Any) -> str:
-    """What a method must be given or must see, in words."""
+    """What a method must be given or must see, in words; by default, where it has settings."""
+    if all(f.default is not MISSING or f.default_factory is not MISSING for f in fields(method)):
+        method = method()
     own = getattr(method, "needs", None)
     needs = [own] if own and own not in {"nothing", "a profile"} else []
     needs += ["a basis"] if getattr(method, "needs_basis", False) else []

@@ -63,12 +63,16 @@ class UNComp(Evict):
 
     method: ClassVar[str] = "uncomp"
     needs: ClassVar[Needs] = "attention of the last queries"
-    needs_profile: ClassVar[bool] = True
     window: int = 8
     kernel: int = 5
     truncate: int = 32
     sample: int = 256
     groups_from: Literal["prompt", "profile"] = "prompt"
+
+    @property
+    def needs_profile(self) -> bool:  # type: ignore[override]
+        """Entropies of the profile are needed only where the prompt's are not taken."""
+        return self.groups_from == "profile"
 
     def __post_init__(self) -> None:
         """Refuse windows and kernels that judge nothing."""
