@@ -97,6 +97,11 @@ class ByteModel:
         """
         if context < 1:
             raise InputError(f"A step holds its own row at least, got context={context} tokens.")
+        if policy.evicts or policy.reuse_above is not None:
+            raise InputError(
+                f"What policy {policy.name!r} holds, or reads again, follows from the text; its "
+                "bytes cannot be predicted, measure them."
+            )
         rows = self._row_bytes(policy)
         scored = chosen = whole = dense = selecting = 0
         for index, shape in self._layout.shapes.items():
@@ -188,11 +193,6 @@ def _one_row(
 
 def _require_known(policy: Policy, budget: Budget, shape: LayerShape, *, ranks: bool) -> None:
     """Refuse what depends on the scores."""
-    if policy.evicts or policy.reuse_above is not None:
-        raise InputError(
-            f"What policy {policy.name!r} holds, or reads again, follows from the text; its bytes "
-            "cannot be predicted, measure them."
-        )
     if budget.mass is not None:
         raise InputError(
             f"Policy {policy.name!r} reads as many rows as reach mass={budget.mass}; how many "

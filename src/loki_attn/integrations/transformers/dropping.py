@@ -125,4 +125,5 @@ def _look_back(policy: LayerPolicy, layer: LokiLayer) -> None:
     rows: Tensor = policy.selector.query_rows(asked)
     with plain_tensors():
         for shard in layer.rows:
-            observe(eviction, layer.turn, shard, Attended(query=rows, call=call))
+            own = shard.of_queries(rows, policy.shape.num_kv_heads)
+            observe(eviction, layer.turn, shard, Attended(query=own, call=call))
