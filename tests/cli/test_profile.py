@@ -113,3 +113,24 @@ def test_a_damaged_file_is_not_added_to(profile, write):
     damaged = write("p.safetensors", "half")
     assert "corrupt or cut short" in profile("--into", damaged).error
     assert damaged.read_text() == "half"
+
+
+GATES = (
+    "--set", "steps=2", "--set", "context_tokens=[300, 330]", "--set", "passkeys=2",
+    "--set", "passkey_words=2", "--set", "sinks=4", "--set", "recents=16",
+)  # fmt: skip
+
+
+def test_gates_are_learnt_by_gradient(loki, model, cache):
+    done = loki("profile", "--model", model, "--method", "duo_attention", *GATES)
+    assert done.code == 0, done.error
+    made = Profile.load(cache / "profiles" / "tiny-duo_attention.safetensors")
+    gates = made.table("gates")
+    assert gates.shape == (2, 2)
+    assert bool(((gates >= 0) & (gates <= 1)).all())
+    assert "duo_attention learnt from" in done.stderr
+
+
+def test_a_setting_of_gates_is_refused_before_the_work(loki, model):
+    given = ["profile", "--model", model, "--method", "duo_attention", "--set", "step=2"]
+    assert "Unknown setting of duo_attention 'step'. Did you mean 'steps'?" in loki(*given).error

@@ -172,7 +172,7 @@ def variants(method):
             yield method(**small, **{field.name: not field.default})
         if get_origin(field.type) is Literal:
             for choice in get_args(field.type):
-                if choice != field.default and small.get(field.name) != choice:
+                if choice != small.get(field.name, field.default):
                     yield method(**{**small, field.name: choice})
 
 

@@ -105,6 +105,8 @@ def test_one_model_serves_many_policies_alike(lm):
         (Policy(select=ExactTopK(), budget=Budget(mass=0.9)), 30, "reach mass=0.9; how many"),
         (Policy(select=ExactTopK(), budget=Budget(top_k=4), group_reduce="none"), 30, "2 query"),
         (preset("dense"), 0, "got context=0 tokens"),
+        (preset("snapkv", capacity=8, **{"evict.window": 4}), 40, "follows from the text"),
+        (preset("exact-topk", top_k=8, reuse_above=0.9), 40, "follows from the text"),
     ],
 )
 def test_what_follows_from_the_scores_is_refused(lm, policy, context, message):

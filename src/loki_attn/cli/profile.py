@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from loki_attn.profile import Profile
 
 NAME: Final = "profile"
+_BY_GRADIENT: Final = "duo_attention"
 EXAMPLE: Final = "Example: loki-attn profile --model smollm2-135m --method hata --text novel.txt"
 
 
@@ -55,7 +56,13 @@ def command(
     from loki_attn.profile import Profile
 
     chosen = _read_settings(settings or ())
-    calibrator(method, **chosen)  # a refused setting must not cost the minutes of a run
+    # A refused setting must not cost the minutes of a run.
+    if method == _BY_GRADIENT:
+        from loki_attn.integrations.transformers.gates import gate_settings
+
+        gate_settings(**chosen)
+    else:
+        calibrator(method, **chosen)
     place = writable(into or out or profile_path(model, method))
     held = Profile.load(into) if into is not None and into.exists() else None
     made = _learn(model, method, text, dtype, tokens, window, chosen, held)
@@ -84,6 +91,8 @@ def _learn(
 
     if held is not None:
         held.check_model(identity(loaded))
+    if method == _BY_GRADIENT:
+        return _learn_gates(loaded, tokenizer, content, corpus, settings)
     read = tokenizer(content, return_tensors="pt", add_special_tokens=False, verbose=False)
     ids = read.input_ids[0][:tokens]
     total = max(window, ids.numel() // window * window)
@@ -100,6 +109,24 @@ def _learn(
             window_tokens=window,
             corpus={"name": corpus, "sha256": digest(content)},
             progress=count,
+            **settings,
+        )
+
+
+def _learn_gates(
+    model: Any, tokenizer: Any, content: str, corpus: str, settings: dict[str, Any]
+) -> "Profile":
+    """Learn DuoAttention's gates: the text is filler between passkeys, the steps are a setting."""
+    from loki_attn.integrations.transformers.gates import gate_settings, optimise_gates
+
+    steps = gate_settings(**settings).steps
+    with terminal.progress("learning gates", steps, "steps") as advance:
+        return optimise_gates(
+            model,
+            tokenizer,
+            content,
+            corpus=corpus,
+            progress=lambda done, total: advance(done, f"{done:,} of {total:,} steps"),
             **settings,
         )
 

@@ -102,6 +102,21 @@ class GateSettings:
             )
 
 
+def gate_settings(**settings: Any) -> GateSettings:
+    """Return settings, the defaults for what is left out.
+
+    Raises:
+        UnknownNameError: If there is no such setting.
+        InputError: If a setting cannot be used.
+    """
+    known = {field.name for field in fields(GateSettings)}
+    for name in settings:
+        if name not in known:
+            raise unknown_name(f"setting of {METHOD}", name, known)
+    plain: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()}
+    return GateSettings(**plain)
+
+
 def optimise_gates(
     model: PreTrainedModel,
     tokenizer: Any,
@@ -134,11 +149,7 @@ def optimise_gates(
             fit, or no layer has full attention.
         UnsupportedModelError: If the model cannot be served.
     """
-    known = {field.name for field in fields(GateSettings)}
-    for name in settings:
-        if name not in known:
-            raise unknown_name(f"setting of {METHOD}", name, known)
-    chosen = GateSettings(**settings)
+    chosen = gate_settings(**settings)
     check_context(model, chosen.context_tokens[1])
     exams = Passkeys(tokenizer, text, count=chosen.passkeys, words=chosen.passkey_words)
     draw = torch.Generator().manual_seed(chosen.seed)
