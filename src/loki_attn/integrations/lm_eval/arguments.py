@@ -11,10 +11,12 @@ from lm_eval.models.huggingface import HFLM
 from loki_attn.basis import Basis
 from loki_attn.budget import Budget
 from loki_attn.errors import InputError, unknown_name
-from loki_attn.models import bases
-from loki_attn.policy import Policy, methods
+from loki_attn.keep_budget import KeepBudget
+from loki_attn.models import bases, profiles
+from loki_attn.policy import ROOMS, Policy, methods
+from loki_attn.profile import Profile
 
-OWN: Final = frozenset({"policy", "basis", "mode", "prefix_tokens"})
+OWN: Final = frozenset({"policy", "basis", "profile", "mode", "prefix_tokens"})
 
 
 def split(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -73,6 +75,15 @@ def find_basis(policy: Policy, given: Basis | str | Path | None, model: str) -> 
     return None if found is None else found[1]
 
 
+def find_profile(policy: Policy, given: Profile | str | Path | None, model: str) -> Profile | None:
+    """Return the profile that a policy may need, as `find_basis` does.
+
+    Raises:
+        ProfileError: If a file cannot be read.
+    """
+    return given if isinstance(given, Profile) else profiles.find_profile(policy, model, given)
+
+
 def check_batch_size(given: object) -> None:
     """Refuse a batch size that lm-eval would find by trying.
 
@@ -103,8 +114,13 @@ def _host_names() -> frozenset[str]:
 
 
 def _policy_fields() -> frozenset[str]:
-    own = {"name", "group_reduce", *(field.name for field in fields(Budget))}
-    return frozenset(own.union(*(_names_of(method) for method in methods().values())))
+    own = {"name", "group_reduce", "reuse_above", *ROOMS}
+    parts: dict[str, list[Any]] = {"budget": [Budget], "keep": [KeepBudget]}
+    parts |= {room: list(methods(room).values()) for room in ROOMS}
+    for part, kinds in parts.items():
+        for name in set[str]().union(*(_names_of(kind) for kind in kinds)):
+            own |= {name, f"{part}.{name}"}
+    return frozenset(own)
 
 
 def _names_of(method: type) -> set[str]:

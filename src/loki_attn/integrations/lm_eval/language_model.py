@@ -19,6 +19,7 @@ from loki_attn.integrations.transformers import Attachment, attach
 from loki_attn.integrations.transformers.identity import identity
 from loki_attn.models import SOURCES, resolve
 from loki_attn.policy import Policy, as_policy
+from loki_attn.profile import Profile
 from loki_attn.provenance import provenance
 from loki_attn.types import Mode
 
@@ -42,6 +43,7 @@ class LokiLM(HFLM):
             folder or a hub id.
         policy: A `Policy`, the name of a preset, or the path of a policy's JSON file.
         basis: A `Basis` or the path of its file; None takes the cached basis of the model.
+        profile: A `Profile` or the path of its file; None takes the cached one of the model.
         mode: "decode" or "every_query".
         prefix_tokens: Under "decode", first tokens of every log-likelihood window that are read at
             once and densely even where they are scored. 0 forces every scored token.
@@ -63,6 +65,7 @@ class LokiLM(HFLM):
         *,
         policy: Policy | str = "loki",
         basis: Basis | str | Path | None = None,
+        profile: Profile | str | Path | None = None,
         mode: Mode = "decode",
         prefix_tokens: int = 0,
         **options: Any,
@@ -77,6 +80,7 @@ class LokiLM(HFLM):
         named = isinstance(pretrained, str)
         given = pretrained if named else str(getattr(pretrained.config, "_name_or_path", "") or "")
         found = arguments.find_basis(chosen, basis, given)
+        learnt = arguments.find_profile(chosen, profile, given)
         if named:
             pretrained = str(resolve(pretrained)) if pretrained in SOURCES else pretrained
             host.setdefault("device", "cuda" if torch.cuda.is_available() else "cpu")
@@ -88,7 +92,9 @@ class LokiLM(HFLM):
             )
         self.contender = arguments.label(policy, changes)
         self.prefix_tokens = prefix_tokens
-        self.attachment: Attachment = attach(self.model, chosen, basis=found, mode=mode)
+        self.attachment: Attachment = attach(
+            self.model, chosen, basis=found, profile=learnt, mode=mode
+        )
         self._traffic: dict[str, dict[str, dict[str, int]]] = {}
         self._scored: dict[tuple[int, ...], int] = {}
 
@@ -186,7 +192,8 @@ class LokiLM(HFLM):
 
     def _require_acted(self, task: str, kind: str) -> None:
         traffic, policy = self.attachment.traffic, self.attachment.policy
-        if traffic.sparse_calls + traffic.every_query_calls or policy.budget.reads_everything:
+        acted = traffic.sparse_calls + traffic.every_query_calls + traffic.evicted_rows
+        if acted or (policy.budget.reads_everything and not policy.evicts):
             return
         raise LokiAttnError(
             f"{self.contender} never selected anything in task {task!r} ({kind}, mode "
