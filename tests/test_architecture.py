@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import loki_attn
-from loki_attn.presets import PRESETS
+from loki_attn.named_policies import PRESETS
 
 TESTS = Path(__file__).parent
 ROOT = TESTS.parent
@@ -145,7 +145,7 @@ def test_every_method_introduces_itself(method):
 def test_no_two_files_bring_the_same_preset():
     """The later one would win in silence."""
     homes = {}
-    for path in [PACKAGE / "presets.py", *METHODS]:
+    for path in [PACKAGE / "named_policies.py", *METHODS]:
         module = importlib.import_module("loki_attn." + name_of(path)[:-3].replace("/", "."))
         for preset in getattr(module, "PRESETS", {}):
             homes.setdefault(preset, []).append(name_of(path))

@@ -18,7 +18,8 @@ STEP = EVERY_ROW | {
 }  # fmt: skip
 SPEECH = EVERY_ROW | {
     "policy", "prefill_s", "prefill_ratio", "tokens_per_s", "ratio_stock_dynamic",
-    "ratio_stock_static", "cache_bytes", "peak_bytes", "peak_added_bytes", "sparse_calls", "note",
+    "ratio_stock_static", "cache_bytes", "peak_cache_bytes", "evicted_rows", "peak_bytes",
+    "peak_added_bytes", "sparse_calls", "note",
 }  # fmt: skip
 
 

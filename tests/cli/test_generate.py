@@ -68,8 +68,11 @@ def test_json(generate, bases, model):
         "read_bytes_share",
         "read_bytes_per_token",
         "selecting_share",
+        "kept_bytes_share",
+        "evicted_rows",
         "equal_tokens",
     }
+    assert found["evicted_rows"] == 0
 
 
 def test_compare_dense_shows_both(generate):

@@ -129,7 +129,7 @@ def test_a_model_without_full_attention_is_refused():
 
             return nullcontext()
 
-        def prefill(self, ids):
+        def prefill(self, ids, *, record=False):
             return None
 
     with pytest.raises(InputError, match="no full-attention layer that could select"):

@@ -38,7 +38,7 @@ class Layers:
         self.observer = observer
         yield
 
-    def prefill(self, ids):
+    def prefill(self, ids, *, record=False):
         assert ids.shape == (1, TOKENS)
         for layer in self.windows.pop(0):
             self.observer(layer)

@@ -20,7 +20,8 @@ class Counting:
         self.hashed += 1
         return {"id": "counting"}
 
-    def prefill(self, ids):
+    def prefill(self, ids, *, record=False):
+        self.recorded = record
         self.read.append(ids[0].tolist())
         return self.read[-1]
 
@@ -41,6 +42,15 @@ def test_the_same_tokens_are_read_once(made):
     assert fast.prefill(ids(1, 2, 3)) is first
     assert fast.prefill(ids(1, 2)) is not first
     assert lm.read == [[1, 2, 3], [1, 2]]
+
+
+def test_a_prefix_with_its_queries_is_another_one(made):
+    lm, fast = made
+    plain = fast.prefill(ids(1, 2))
+    recorded = fast.prefill(ids(1, 2), record=True)
+    assert lm.recorded
+    assert recorded is not plain
+    assert fast.prefill(ids(1, 2)) is plain
 
 
 def test_the_one_not_used_for_longest_is_forgotten(made):

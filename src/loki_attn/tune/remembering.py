@@ -27,7 +27,7 @@ class _Remembering:
     def __init__(self, lm: LanguageModel, prefixes: int) -> None:
         self._lm = lm
         self._most = prefixes
-        self._caches: OrderedDict[tuple[int, ...], Any] = OrderedDict()
+        self._caches: OrderedDict[tuple[int | bool, ...], Any] = OrderedDict()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._lm, name)
@@ -37,11 +37,11 @@ class _Remembering:
         """The model's, worked out once: it hashes weights."""
         return self._lm.identity
 
-    def prefill(self, ids: Tensor) -> Any:
+    def prefill(self, ids: Tensor, *, record: bool = False) -> Any:
         """Read tokens int64 [1, n] into a cache, or return the one of the same tokens."""
-        key = tuple(ids[0].tolist())
+        key = record, *ids[0].tolist()
         if key not in self._caches:
-            self._caches[key] = self._lm.prefill(ids)
+            self._caches[key] = self._lm.prefill(ids, record=record)
         self._caches.move_to_end(key)
         while len(self._caches) > self._most:
             self._caches.popitem(last=False)
