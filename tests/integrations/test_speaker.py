@@ -121,3 +121,24 @@ def test_at_full_budget_a_policy_selects_and_says_the_same(stock, expected):
     assert speaker.sparse_calls == 0
     assert speaker.attachment.policy == sparse_policy()
     assert not speaker.attachment.always_select
+
+
+@pytest.mark.parametrize("allocate", ["uniform", "pyramid", "adaptive", "global_rows"])
+def test_an_eviction_is_weighed_and_off_at_full_budget(stock, expected, allocate):
+    policy = preset("snapkv", capacity=12, window=4, allocate=allocate)
+    speaker = attached_twin(stock, policy, None)
+    assert speaker.evicts
+    with speaker.full_budget():
+        speaker.begin(IDS, 12)
+        assert speaker.speak(12).tokens == expected
+        assert speaker.evicted_rows == 0
+    dense = attached_twin(stock, preset("dense"), None)
+    for one in (dense, speaker):
+        one.begin(IDS.repeat(1, 6), 4)
+        one.speak(4)
+    assert speaker.evicted_rows == 2 * 2 * (IDS.shape[1] * 6 - 12)
+    assert speaker.cache_bytes <= speaker.peak_cache_bytes
+    # A budget over all layers waits for the last of them.
+    falls = speaker.peak_cache_bytes < dense.peak_cache_bytes
+    assert falls == (allocate != "global_rows")
+    assert not dense.evicts

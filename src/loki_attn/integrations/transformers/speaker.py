@@ -173,7 +173,13 @@ class Speaker:
             return
         attachment, policy = self.attachment, self.attachment.policy
         plain = preset("dense")
-        whole = replace(policy, evict=plain.evict, keep=plain.keep)
+        whole = replace(
+            policy,
+            evict=plain.evict,
+            keep=plain.keep,
+            allocate=plain.allocate,
+            reuse_above=None,
+        )
         if policy.select.method != "dense":
             whole = replace(whole, budget=Budget())
         attachment.use(whole)
