@@ -210,9 +210,7 @@ def _bind(contender: Contender, seen: Observation, num_layers: int) -> LayerPoli
         head_dim=seen.key.shape[3],
         value_dim=seen.value.shape[3],
     )
-    return attention.bind(
-        contender.policy, shape, num_layers, contender.basis, contender.profile
-    )
+    return attention.bind(contender.policy, shape, num_layers, contender.basis, contender.profile)
 
 
 def _exact_twin(contender: Contender, layer: LayerPolicy) -> LayerPolicy:
