@@ -4,6 +4,7 @@ python tools/family_table.py docs/results/sweeps/family-smollm2-135m.jsonl [--sp
 """
 
 import argparse
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -74,6 +75,8 @@ def _title(row: _Row) -> str:
 
 def _spelt(metrics: Mapping[str, Any], name: str, form: str) -> str:
     low, high = metrics[f"{name}_low"], metrics[f"{name}_high"]
+    if math.isnan(low) or math.isnan(high):  # one context is no sample
+        return f"{metrics[name]:{form}} (no interval)"
     return f"{metrics[name]:{form}} ({low:{form}} to {high:{form}})"
 
 
