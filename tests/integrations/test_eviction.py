@@ -90,9 +90,9 @@ def test_rows_go_and_memory_with_them(llama, policy):
     assert 0 < traffic.kept_bytes < traffic.dense_bytes / 8
 
 
-def test_a_capacity_for_all_changes_nothing(llama, policy):
-    if policy.select.method != "dense":
-        pytest.skip("it also selects")
+@pytest.mark.parametrize("name", [n for n, p in POLICIES.items() if p.select.method == "dense"])
+def test_a_capacity_for_all_changes_nothing(llama, name):
+    policy = POLICIES[name]
     roomy = preset(policy.name, capacity=500, allocate=policy.allocate.method)
     dense = generate(llama, text())
     with attach(llama, roomy) as attachment:
