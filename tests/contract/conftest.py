@@ -132,9 +132,9 @@ def mask_of(selection, heads, seq):
 
 
 def mapped(rows, maps):
-    """Rows in the basis of their KV head, by a plain product in float32 or wider, rounded once."""
-    group, wide = rows.shape[1] // maps.shape[0], torch.promote_types(rows.dtype, torch.float32)
-    return (rows.to(wide) @ maps.to(wide).repeat_interleave(group, 0)).to(rows.dtype)
+    """Rows in the basis of their KV head, computed in float64 and rounded once."""
+    group = rows.shape[1] // maps.shape[0]
+    return (rows.double() @ maps.double().repeat_interleave(group, 0)).to(rows.dtype)
 
 
 def causal_of(q_len, seq):

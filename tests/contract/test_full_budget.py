@@ -30,7 +30,7 @@ MASS = {"mass": 1.0}
     seed=st.integers(0, 99),
 )
 def test_decode(case, shape, seq, amount, dtype, seed):
-    query, key, value = random_rows(shape, seq, batch=12, dtype=dtype, seed=seed)
+    query, key, value = random_rows(shape, seq, batch=8, dtype=dtype, seed=seed)
     layer = case.layer(shape, **amount)
     out, selection = case.decode(layer, query, key, value)
     case.check_budget(out, layer, query, key, value, None)
