@@ -4,6 +4,9 @@ import os
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub
+# Before anything imports Triton: its kernels are interpreted here. On a GPU they are tested with
+# `make gpu`, which says otherwise.
+os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import hypothesis
 import pytest
@@ -55,3 +58,21 @@ def poison(monkeypatch):
         return storage.fill_(127 if dtype in (torch.int8, torch.uint8) else -1)
 
     monkeypatch.setattr(loki_attn.cache, "allocate", allocate_poisoned)
+
+
+@pytest.fixture(scope="session")
+def quick_interpreter():
+    """Let Triton's interpreter prepare each module once, not anew at every call of a function."""
+    from triton.runtime.interpreter import InterpretedFunction
+
+    prepare, prepared = InterpretedFunction.__call__, set()
+
+    def call(self, *args, **kwargs):
+        if self.fn.__module__ in prepared:
+            return self.rewrite()(*args, **kwargs)
+        prepared.add(self.fn.__module__)
+        return prepare(self, *args, **kwargs)
+
+    InterpretedFunction.__call__ = call
+    yield
+    InterpretedFunction.__call__ = prepare

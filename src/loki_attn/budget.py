@@ -178,7 +178,9 @@ class Budget:
             visible: None where all of them are visible, or bool [batch or 1, 1, 1, seq_len].
         """
         counts: int | Tensor | None = None
+        most: int | None = None
         if self.mass is None:
+            most = max(self.count(seq_len), min(self.dense_below, seq_len))
             rows = None if visible is None else visible.sum(-1)[:, 0, 0]
             counts = self.count(seq_len) if rows is None else self.counts(rows)
         return Reading(
@@ -189,6 +191,7 @@ class Budget:
             cap=self.cap,
             floor=self._floor,
             dense_below=self.dense_below,
+            most=most,
         )
 
     @property

@@ -139,6 +139,8 @@ class Reading:
         cap: With `mass`: most rows to read; None for no limit.
         floor: With `mass`: fewest rows to read, where that many are visible.
         dense_below: With `mass`: where at most this many rows are visible, all are read.
+        most: A bound on counts that is known without looking at a tensor; None where the scores
+            decide.
     """
 
     counts: int | Tensor | None
@@ -148,6 +150,7 @@ class Reading:
     cap: int | None = None
     floor: int = 1
     dense_below: int = 0
+    most: int | None = None
 
 
 @final
@@ -160,8 +163,9 @@ class AppendRequest:
         value: [batch, kv_heads, tokens, value_dim].
         keys: Storage [batch, kv_heads, capacity, head_dim], dtype of `key`.
         values: Storage [batch, kv_heads, capacity, value_dim], dtype of `value`.
-        positions: Storage int32 [batch, kv_heads, capacity].
-        start: Rows held; the new ones are written behind them.
+        positions: Storage int32 [batch, kv_heads, capacity]; None where positions are not kept.
+        start: Rows held; the new ones are written behind them. An int64 tensor [1] on the device of
+            the rows where the storage never grows, so that nobody waits for it.
         first_position: Position of the first new token; the others follow it one by one.
         lead: Storage of the lead plane with the length that the append leaves; None without one.
         lead_scales: Storage float16 [batch, kv_heads, capacity], for a lead of codes.
@@ -172,8 +176,8 @@ class AppendRequest:
     value: Tensor
     keys: Tensor
     values: Tensor
-    positions: Tensor
-    start: int
+    positions: Tensor | None
+    start: int | Tensor
     first_position: int
     lead: Tiles | None = None
     lead_scales: Tensor | None = None

@@ -1,10 +1,10 @@
 """The ops of the decode step, as the chosen backend implements them.
 
 A backend is a module of this folder with some of the functions of `reference.py`; `backends.py`
-chooses it. Ops that it does not have, and calls of several query tokens, are plain torch whatever
-the backend: fast kernels are for decoding, but for a few that say so. Tensors that it does not
-serve (another device or dtype) go to plain torch as well, unless the backend was asked for by name:
-that never falls back.
+chooses one for each type of device. Ops that it does not have, and calls of several query tokens,
+are plain torch whatever the backend: fast kernels are for decoding, but for a few that say so.
+Tensors that it does not serve (another dtype, say) go to plain torch as well, and the reason is
+traced, unless the backend was asked for by name: that never falls back.
 """
 
 from functools import cache
@@ -151,42 +151,60 @@ def ops(backend: str | None = None) -> Ops:
         UnknownNameError: If no backend has this name.
         LokiAttnError: If the named one cannot run here, or later meets tensors it does not serve.
     """
-    chosen = backends.resolve(backend)
-    plain = backends.resolve(PLAIN).module
-    if chosen.name == PLAIN:
+    named = backends.asked(backend)
+    plain = backends.resolve(backends.PLAIN).module
+    chosen = backends.resolve(backend)  # a named one that cannot run is refused here and now
+    if named == backends.PLAIN:
         return cast("Ops", plain)
-    return cast("Ops", _Routed(chosen, plain, strict=backends.asked(backend) is not None))
+    return cast("Ops", _Routed(chosen if named else None, plain))
 
 
-PLAIN: Final = "reference"
 # Ops whose fast kernels take any number of queries.
 _MANY_QUERIES: Final = frozenset({"append", "column_sums", "hamming"})
 
 
 @final
 class _Routed:
-    """Sends every op to the backend, or to plain torch where the backend does not serve it."""
+    """Sends every op to the backend of its tensors' device, or to plain torch where none serves it.
 
-    def __init__(self, chosen: backends.Accepted, plain: ModuleType, *, strict: bool) -> None:
-        self._name = chosen.name
-        self._strict = strict
+    Args:
+        named: The backend that was asked for by name: it serves all devices, and what it has and
+            cannot serve is refused. None for the best of each device.
+        plain: Plain torch.
+    """
+
+    def __init__(self, named: backends.Accepted | None, plain: ModuleType) -> None:
+        self._named = named
+        self._of_device: dict[str, backends.Accepted] = {}
         for op in (name for name in vars(Ops) if not name.startswith("_")):
-            fast = getattr(chosen.module, op, None)
-            own = getattr(plain, op)
-            setattr(self, op, own if fast is None else self._route(op, fast, own))
+            setattr(self, op, self._route(op, getattr(plain, op)))
 
-    def _route(self, op: str, fast: Any, plain: Any) -> Any:
+    def _chosen(self, device: str) -> backends.Accepted:
+        """The backend for a type of device, found when its first tensor comes."""
+        if self._named is not None:
+            return self._named
+        if device not in self._of_device:
+            self._of_device[device] = backends.resolve(None, device)
+        return self._of_device[device]
+
+    def _route(self, op: str, plain: Any) -> Any:
         def served(*args: Any, **kwargs: Any) -> Any:
-            if op not in _MANY_QUERIES and args[0].shape[2] != 1:
+            tensor = args[0].key if isinstance(args[0], AppendRequest) else args[0]
+            if not isinstance(tensor, Tensor):
                 return plain(*args, **kwargs)
+            if op not in _MANY_QUERIES and tensor.shape[2] != 1:
+                return plain(*args, **kwargs)
+            chosen = self._chosen(tensor.device.type)
+            fast = getattr(chosen.module, op, plain)
             try:
                 return fast(*args, **kwargs)
             except backends.Unserved as why:
-                if self._strict:
+                if self._named is not None:
                     raise LokiAttnError(
-                        f"Backend {self._name!r} was asked for, and cannot run {op!r} here because "
-                        f"{why}; drop the request to let plain torch serve it."
+                        f"Backend {chosen.name!r} was asked for, and cannot run {op!r} here "
+                        f"because {why}; drop the request to let plain torch serve it."
                     ) from why
+                backends.passed_over(op, chosen.name, why)
             return plain(*args, **kwargs)
 
         return served

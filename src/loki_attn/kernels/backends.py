@@ -1,6 +1,7 @@
 """Which implementation of the ops runs, and why. An explicit choice never falls back."""
 
 import importlib
+import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,9 @@ from loki_attn.errors import LokiAttnError, unknown_name
 
 ENVIRONMENT_VARIABLE: Final = "LOKI_ATTN_BACKEND"
 _NOT_BACKENDS: Final = {"__init__", "backends"}
-_PREFERENCE: Final = ("native", "reference")
+# Which backends are tried for tensors of a device, the best first; plain torch serves the rest.
+_PREFERENCE: Final[dict[str, tuple[str, ...]]] = {"cpu": ("native",), "cuda": ("triton",)}
+PLAIN: Final = "reference"
 
 
 @final
@@ -67,12 +70,13 @@ def asked(name: str | None = None) -> str | None:
     return name or os.environ.get(ENVIRONMENT_VARIABLE) or None
 
 
-def resolve(name: str | None = None) -> Accepted:
+def resolve(name: str | None = None, device: str = "cpu") -> Accepted:
     """Return the backend to use: the named one, the environment's, or the best that runs.
 
     Args:
         name: A backend's name, or None for the environment variable `LOKI_ATTN_BACKEND` and,
             without it, the first that runs here.
+        device: Type of the device whose tensors are to be served, where nobody is named.
 
     Raises:
         UnknownNameError: If the name is not known.
@@ -84,7 +88,24 @@ def resolve(name: str | None = None) -> Accepted:
         if isinstance(answer, Rejected):
             raise LokiAttnError(f"Backend {wanted!r} was asked for but {answer.reason}.")
         return answer
-    for candidate in _PREFERENCE:
+    for candidate in (*_PREFERENCE.get(device, ()), PLAIN):
         if candidate in names() and isinstance(found := probe(candidate), Accepted):
             return found
     raise LokiAttnError("No backend runs here, not even the reference: reinstall loki-attn.")
+
+
+def passed_over(op: str, by: str, why: object) -> None:
+    """Trace that plain torch serves an op instead of a backend: once for each reason."""
+    reason = (op, by, str(why))
+    if reason not in _passed_over:
+        _passed_over.add(reason)
+        _log.info("%s is served by plain torch instead of %s, because %s", op, by, why)
+
+
+def fallbacks() -> tuple[tuple[str, str, str], ...]:
+    """What plain torch served in place of a backend so far: (op, backend, reason), each once."""
+    return tuple(sorted(_passed_over))
+
+
+_passed_over: set[tuple[str, str, str]] = set()
+_log: Final = logging.getLogger("loki_attn.kernels")

@@ -277,10 +277,13 @@ def append(request: AppendRequest) -> bool:
     """Write new rows, their positions and their lead; see `cache.LayerCache.append`."""
     key, value = request.key, request.value
     batch, kv_heads, tokens, dim = key.shape
+    start, positions = request.start, request.positions
+    if isinstance(start, Tensor) or positions is None:
+        return False  # storage of fixed capacity: the plain path writes it
     if tokens == 0 or key.requires_grad or value.requires_grad:
         return False
     capacity = request.keys.shape[2]
-    _check_room(request, capacity)
+    _check_room(request, start, positions, capacity)
     lead: packing.Fields = packing.NOTHING
     scales: packing.Fields = (0, 0, 0)
     rank = key_map = 0
@@ -288,9 +291,8 @@ def append(request: AppendRequest) -> bool:
         lead, rank = packing.tiles_of(request.lead), request.lead.rank
         key_map = _map_pointer(request.key_map, kv_heads, dim, rank)
         scales = packing.scales_of(request.lead_scales, batch, kv_heads, capacity)
-    positions = request.positions
     fields = packing.APPEND.pack(
-        batch, kv_heads, tokens, request.start, 0, 0, 0,
+        batch, kv_heads, tokens, start, 0, 0, 0,
         *packing.rows_of("keys", key), *packing.rows_of("values", value),
         *packing.rows_of("stored keys", request.keys),
         *packing.rows_of("stored values", request.values),
@@ -304,14 +306,13 @@ def append(request: AppendRequest) -> bool:
     return True
 
 
-def _check_room(request: AppendRequest, capacity: int) -> None:
+def _check_room(request: AppendRequest, start: int, positions: Tensor, capacity: int) -> None:
     """Check that all storage fits the new rows and has room for them."""
     batch, kv_heads, tokens, dim = request.key.shape
-    value_dim, end = request.value.shape[3], request.start + tokens
+    value_dim, end = request.value.shape[3], start + tokens
     packing.fits("values", request.value, batch, kv_heads, tokens, value_dim)
     packing.fits("stored keys", request.keys, batch, kv_heads, capacity, dim)
     packing.fits("stored values", request.values, batch, kv_heads, capacity, value_dim)
-    positions = request.positions
     packing.fits("positions", positions, batch, kv_heads, capacity)
     if positions.dtype != torch.int32 or positions.stride(2) != 1 or not positions.is_cpu:
         raise Unserved(f"positions are contiguous int32 on the CPU, got {positions.dtype}")
@@ -319,8 +320,8 @@ def _check_room(request: AppendRequest, capacity: int) -> None:
     if lead is not None and lead.data.shape[:2] != request.key.shape[:2]:
         raise Unserved(f"the lead has tiles for {list(lead.data.shape[:2])}, not for the keys")
     room = capacity if lead is None else min(capacity, lead.data.shape[2] * TILE_ROWS)
-    if request.start < 0 or end > room:
-        raise Unserved(f"rows {request.start} to {end} have no room among {room}")
+    if start < 0 or end > room:
+        raise Unserved(f"rows {start} to {end} have no room among {room}")
 
 
 def _read(

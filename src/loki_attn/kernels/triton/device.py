@@ -1,0 +1,46 @@
+"""The device that Triton runs on here: a GPU, or the interpreter on the CPU."""
+
+from functools import cache
+from typing import Final
+
+import torch
+import triton
+from triton import knobs
+
+# Programs per multiprocessor that hide each other's waiting, all of them small.
+_PROGRAMS_PER_PROCESSOR: Final = 8
+# The interpreter gains nothing from splits, but laws are tested with a few.
+_INTERPRETED_PROGRAMS: Final = 8
+
+
+def interpreted() -> bool:
+    """Whether kernels are interpreted: TRITON_INTERPRET=1 was set before the first import."""
+    return bool(knobs.runtime.interpret)
+
+
+def why_not() -> str | None:
+    """Why no kernel can run here, None if they can."""
+    if interpreted() or torch.cuda.is_available():
+        return None
+    return (
+        f"triton {triton.__version__} found no GPU; its kernels run on CUDA devices, and for tests "
+        "in the interpreter (set TRITON_INTERPRET=1 before the start)"
+    )
+
+
+def device_types() -> tuple[str, ...]:
+    """Types of the devices whose tensors are served."""
+    return ("cpu",) if interpreted() else ("cuda",)
+
+
+@cache
+def programs_wanted(device: torch.device) -> int:
+    """How many programs keep the device busy."""
+    if device.type == "cpu":
+        return _INTERPRETED_PROGRAMS
+    return torch.cuda.get_device_properties(device).multi_processor_count * _PROGRAMS_PER_PROCESSOR
+
+
+def mapping_precision() -> str:
+    """How float32 maps are multiplied: by tensor cores, three times, to float32 precision."""
+    return "ieee" if interpreted() else "tf32x3"
