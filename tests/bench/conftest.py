@@ -33,8 +33,8 @@ def small_plan():
 def everybody():
     """Make all contenders of a plan, and the layers that they read."""
 
-    def make(plan, count=2, k=40):
-        layers = make_layers(plan, count)
+    def make(plan, count=2, k=40, layers=None):
+        layers = layers or make_layers(plan, count)
         found = [*torch_forms(plan, layers), dense_native(plan, layers)]
         found += [exact_topk(plan, layers, k)]
         found += [loki(plan, layers, plane, k) for plane in plan.planes]

@@ -6,7 +6,7 @@ from dataclasses import asdict, replace
 
 import pytest
 
-from loki_attn.bench import decode
+from loki_attn.bench import host_place
 from loki_attn.bench.clock import STEPS_PER_TURN
 from loki_attn.bench.decode import DecodeBench, measure_decode
 from loki_attn.bench.gate import Gate, Verdict
@@ -101,9 +101,9 @@ def gate_against(monkeypatch):
     def spoil(name, answer):
         judge = Gate.judge
 
-        def spoilt(self, contender):
+        def spoilt(self, contender, found=None):
             if contender.name != name:
-                return judge(self, contender)
+                return judge(self, contender, found)
             if isinstance(answer, Exception):
                 raise answer
             return answer
@@ -135,7 +135,7 @@ def test_what_a_backend_does_not_serve_is_left_out_with_its_reason(gate_against)
 
 
 def test_layers_are_as_many_as_keep_a_visit_cold(monkeypatch):
-    monkeypatch.setattr(decode, "last_level_cache_bytes", lambda: 10_000)
+    monkeypatch.setattr(host_place, "last_level_cache_bytes", lambda: 10_000)
     small = replace(BENCH, amounts=("48",), planes=("int8",), parts=False, layers=None)
     rows = measured(small).rows
     assert rows

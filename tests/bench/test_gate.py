@@ -128,3 +128,65 @@ def test_a_row_that_is_not_among_the_best_is_refused(small_plan, everybody, name
         verdict = judged(small_plan, everybody, name, with_rows(shuffle))
         refused += "was chosen before one of" in verdict.reason
     assert refused == 5
+
+
+@pytest.fixture
+def sampled(small_plan, everybody):
+    """A gate that compares 2 of 4 pairs, who it judges, and a pair of either kind."""
+    plan = small_plan()
+    layers, found = everybody(plan)
+    gate = Gate(plan, layers[0], most_pairs=2)
+    own = {(b, h) for b, h, _ in gate._heads()}
+    assert len(own) == 2
+    left = sorted({(b, h) for b in (0, 1) for h in (0, 1)} - own)
+    return gate, found, sorted(own)[0], left[0]
+
+
+def test_of_many_pairs_some_are_compared_and_the_verdict_says_how_many(sampled):
+    gate, found, own, left = sampled
+    assert gate.judge(found["sdpa-hf"]).to_json()["pairs"] == [2, 4]
+    for (b, h), passes in ((own, False), (left, True)):
+        heads = slice(3 * h, 3 * h + 3)
+
+        def off(out, b=b, heads=heads):
+            out[b, heads] += 0.05
+            return out
+
+        assert gate.judge(spoiled(found["sdpa-hf"], off)).passed == passes
+
+
+@pytest.mark.parametrize("name", ["sdpa-hf", "loki int8 k=40"])
+def test_numbers_that_are_not_finite_are_refused_wherever_they_are(sampled, name):
+    gate, found, _, (b, h) = sampled
+
+    def holed(result):
+        out = result if name == "sdpa-hf" else result[0]
+        out[b, 3 * h, 0, 5] = float("inf")
+        return result
+
+    assert "not finite" in gate.judge(spoiled(found[name], holed)).reason
+
+
+@pytest.mark.parametrize(("change", "message"), [("count", "39 rows"), ("order", "ascending")])
+def test_a_selection_that_cannot_be_is_refused_wherever_it_is(sampled, change, message):
+    gate, found, _, (b, h) = sampled
+
+    def wrong(result):
+        out, own = result
+        indices, counts = own.indices.clone(), own.counts.clone()
+        if change == "count":
+            counts[b, h] -= 1
+        else:
+            indices[b, h] = indices[b, h].flip(0)
+        return out, Selection(indices, counts)
+
+    assert message in gate.judge(spoiled(found["loki int8 k=40"], wrong)).reason
+
+
+def test_a_result_that_was_made_elsewhere_is_judged_as_it_is(small_plan, everybody):
+    plan = small_plan()
+    layers, found = everybody(plan)
+    gate, own = Gate(plan, layers[0]), found["sdpa-hf"]
+    assert gate.judge(own, own.run(0)).passed
+    assert not gate.judge(own, own.run(0) + 0.05).passed
+    assert "another shape" in gate.judge(own, own.run(0)[:1]).reason

@@ -1,5 +1,7 @@
 """bench: rows as JSON and as tables, figures, refusals, and the exit code of a wrong result."""
 
+from dataclasses import replace
+
 import pytest
 
 from loki_attn.bench.gate import Gate, Verdict
@@ -14,7 +16,7 @@ STEP = EVERY_ROW | {
     "kind", "part", "num_heads", "num_kv_heads", "head_dim", "k", "rank", "plane", "bytes_touched",
     "gb_per_s", "read_gb_per_s", "read_by", "share_of_bandwidth", "layers", "bytes_between_visits",
     "last_level_cache_bytes", "ratios", "ratio_best_torch", "ratio_hf", "ratio_dense_native",
-    "share_of_byte_limit",
+    "share_of_byte_limit", "device", "timed_by", "ratio_best_dense", "best_dense", "eager_us",
 }  # fmt: skip
 SPEECH = EVERY_ROW | {
     "policy", "prefill_s", "prefill_ratio", "tokens_per_s", "ratio_stock_dynamic",
@@ -62,6 +64,36 @@ def test_decode_table_and_figure(decode, tmp_path):
     assert "<svg" in (tmp_path / "growth.svg").read_text()
 
 
+def test_decode_of_several_batches(decode):
+    done = decode("--batch", "1,2")
+    assert done.code == 0
+    for batch in (1, 2):
+        assert f"6x2x32 (6/2 heads of 32), batch {batch}, 96 tokens, bf16" in done.stdout
+    rows = decode("--batch", "2,1", "--json").json
+    assert [row["batch"] for row in rows] == sorted((row["batch"] for row in rows), reverse=True)
+    assert {row["batch"] for row in rows} == {1, 2}
+    assert {(row["device"], row["timed_by"]) for row in rows} == {("cpu", "steps")}
+
+
+def test_a_table_of_a_device_names_it_and_marks_what_no_graph_holds(decode, capsys):
+    from loki_attn.bench.rows import StepRow
+    from loki_attn.cli.bench_tables import show_steps
+
+    rows = [StepRow(**row) for row in decode("--json").json]
+    gpu = {"provenance": {"gpu": "Pretended 1"}, "device": "cuda", "best_dense": "sdpa-hf"}
+    show_steps(
+        [
+            replace(row, **gpu, timed_by="events" if row.kind == "exact" else "graph replay")
+            for row in rows
+        ]
+    )
+    said = " ".join(capsys.readouterr().out.split())
+    for words in ("Pretended 1, backend", "x best dense", "in a graph", "exact-topk k=12 *"):
+        assert words in said
+    assert "best dense: sdpa-hf" in said
+    assert "sdpa-hf *" not in said
+
+
 def test_growth_measures_the_parts_or_draws_old_rows(loki, tmp_path):
     pytest.importorskip("matplotlib")
     rows, figure = tmp_path / "rows.jsonl", tmp_path / "growth.svg"
@@ -81,10 +113,10 @@ def test_growth_measures_the_parts_or_draws_old_rows(loki, tmp_path):
 def test_a_wrong_contender_has_no_timing_and_fails_the_run(decode, monkeypatch):
     judge = Gate.judge
 
-    def spoilt(self, contender):
+    def spoilt(self, contender, found=None):
         if contender.name == "sdpa-hf":
             return Verdict(passed=False, largest_error=1.0, allowed=0.1, reason="it is off")
-        return judge(self, contender)
+        return judge(self, contender, found)
 
     monkeypatch.setattr(Gate, "judge", spoilt)
     done = decode("--json")
@@ -109,11 +141,21 @@ def test_a_wrong_contender_has_no_timing_and_fails_the_run(decode, monkeypatch):
         (["--dtype", "float32"], "Unknown dtype 'float32'"),
         (["--rank", "500"], "rank=500 is above head_dim=128 of llama-3.1-8b"),
         (["--threads", "0"], "threads=0 cannot compute"),
+        (["--batch", "1,0"], "batch must be 1 or more, got 0"),
+        (["--batch", "8,8"], "--batch takes different numbers"),
+        (["--batch", "x"], "--batch takes whole numbers with commas between them"),
+        (["--device", "cude"], "Unknown device 'cude'. Did you mean 'cuda'?"),
         (["--memory-gib", "0.0001"], "raise the memory limit or lower the context"),
     ],
 )
 def test_decode_refusals(loki, arguments, message):
     assert message in loki("bench", "decode", *arguments).error
+
+
+def test_cuda_is_refused_where_there_is_none(loki, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    done = loki("bench", "decode", "--device", "cuda")
+    assert "there is no CUDA device here" in done.error
 
 
 @pytest.fixture

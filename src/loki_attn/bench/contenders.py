@@ -21,7 +21,7 @@ from loki_attn.budget import Budget
 from loki_attn.kernels import ops
 from loki_attn.policy import preset
 
-Kind = Literal["torch", "dense", "exact", "loki"]
+Kind = Literal["torch", "library", "dense", "exact", "loki"]
 
 HF: Final = "sdpa-hf"
 DENSE_NATIVE: Final = "dense-native"
@@ -53,7 +53,7 @@ class Contender:
 
     Attributes:
         name: What tables call it; unique in a run.
-        kind: "torch" and "dense" read every row, "exact" and "loki" choose.
+        kind: "torch", "library" and "dense" read every row, "exact" and "loki" choose.
         stages: Names and functions: the first takes the index of a layer, each further one what
             the one before returned. The last returns the output, of a choosing contender with the
             selection.
@@ -205,7 +205,7 @@ def _stages(
     plan: Plan, layers: Sequence[Layer], plane: str, bound: Callable[[int], LayerPolicy]
 ) -> Stages:
     call, kernels, kv_heads = plan.call, ops(), plan.shape.num_kv_heads
-    visible = torch.ones(1, 1, 1, plan.context, dtype=torch.bool)
+    visible = torch.ones(1, 1, 1, plan.context, dtype=torch.bool, device=plan.device)
 
     def score(index: int) -> tuple[int, Tensor]:
         layer, policy = layers[index], bound(index)
@@ -241,8 +241,8 @@ class _Eager:
         rows = (plan.batch, shape.num_kv_heads, shape.group)
         self._layers, self._scaling = layers, plan.call.scaling
         self._query = (*rows, shape.head_dim)
-        self._logits = torch.empty(*rows, plan.context, dtype=plan.dtype)
-        self._out = torch.empty(self._query, dtype=plan.dtype)
+        self._logits = torch.empty(*rows, plan.context, dtype=plan.dtype, device=plan.device)
+        self._out = torch.empty(self._query, dtype=plan.dtype, device=plan.device)
 
     def __call__(self, index: int) -> Tensor:
         layer = self._layers[index]

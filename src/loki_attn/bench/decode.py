@@ -1,37 +1,21 @@
 """One decode step of one layer: Loki beside the dense forms, gated, cold, in turns."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any, Final, final
 
 import torch
 
-from loki_attn.bench.clock import Advance, Measured, Times, measure
-from loki_attn.bench.contenders import (
-    DENSE_NATIVE,
-    HF,
-    PARTS,
-    Contender,
-    dense_native,
-    exact_topk,
-    loki,
-    loki_parts,
-    torch_forms,
-)
+from loki_attn.bench.contenders import Contender, exact_topk, loki, loki_parts
 from loki_attn.bench.gate import Gate, Verdict
-from loki_attn.bench.layers import Layer, Plan, layers_wanted, make_layers
-from loki_attn.bench.machine import (
-    Reader,
-    asked_backend,
-    backend_in_use,
-    free_memory_bytes,
-    last_level_cache_bytes,
-)
-from loki_attn.bench.rows import StepRow
+from loki_attn.bench.host_place import HostPlace
+from loki_attn.bench.layers import Layer, Plan
+from loki_attn.bench.machine import asked_backend
+from loki_attn.bench.place import Place, StepFailed
 from loki_attn.bench.shapes import Shape, rows_wanted
+from loki_attn.bench.step_rows import Setting, rows_of
 from loki_attn.errors import InputError, LokiAttnError, unknown_name
 from loki_attn.policy import preset
-from loki_attn.provenance import provenance
 from loki_attn.select.loki import Loki
 
 DTYPES: Final[Mapping[str, torch.dtype]] = {
@@ -39,9 +23,7 @@ DTYPES: Final[Mapping[str, torch.dtype]] = {
     "fp16": torch.float16,
     "fp32": torch.float32,
 }
-TASK: Final = "bench decode"
-# A layer counts as cold when this many times the last cache was touched since its last visit.
-_COLD_CACHES: Final = 4
+DEVICES: Final = ("cpu", "cuda")
 
 
 @final
@@ -60,7 +42,9 @@ class DecodeBench:
         repeats: Rounds that count.
         warm_up: Rounds before them.
         layers: Layer caches; None for as many as keep every visit cold.
-        memory_bytes: What the caches may take; None for half of what is free.
+        memory_bytes: What the caches may take; None for half of what is free, on a device for all
+            of it.
+        device: Where caches lie and steps are computed, one of `DEVICES`.
         parts: Whether to time the parts of a Loki step as well.
         command: The command that makes the rows again.
     """
@@ -78,11 +62,14 @@ class DecodeBench:
     memory_bytes: int | None = None
     parts: bool = False
     command: str = ""
+    device: str = "cpu"
 
     def __post_init__(self) -> None:
         """Refuse what cannot be measured."""
         if self.dtype not in DTYPES:
             raise unknown_name("dtype", self.dtype, DTYPES)
+        if self.device not in DEVICES:
+            raise unknown_name("device", self.device, DEVICES)
         for name in ("contexts", "amounts", "planes"):
             _refuse_repeats(name, getattr(self, name))
         for name in ("batch", "repeats", "layers"):
@@ -113,6 +100,18 @@ class DecodeBench:
         """The rank in coordinates."""
         return Loki(rank=self.rank).coordinates(self.shape.head_dim)
 
+    def plan(self, context: int, device: torch.device) -> Plan:
+        """What the contenders of one context have in common."""
+        return Plan(
+            shape=self.shape,
+            batch=self.batch,
+            context=context,
+            dtype=DTYPES[self.dtype],
+            rank=self.coordinates,
+            planes=self.planes,
+            device=device,
+        )
+
 
 @final
 @dataclass(frozen=True)
@@ -129,11 +128,18 @@ class Outcome:
     failures: dict[str, str] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
 
+    def add(self, other: "Outcome") -> None:
+        """Take in what came of another bench."""
+        self.rows.extend(other.rows)
+        self.failures.update(other.failures)
+        self.left_out.update(other.left_out)
+
 
 def measure_decode(
     bench: DecodeBench,
     tell: Callable[[str], None],
     advancing: Callable[[str, int], Any],
+    place: Place | None = None,
 ) -> Outcome:
     """Measure every context.
 
@@ -142,211 +148,158 @@ def measure_decode(
         tell: Called with lines of news.
         advancing: Given a description and the number of turns, a context manager that yields what
             is to be called after each of them.
+        place: Where; None for the bench's device.
 
     Raises:
-        InputError: If not even one layer fits into the memory.
+        InputError: If there is no such device, or on the processor, if not even one layer fits into
+            the memory. Elsewhere such a context is left out.
     """
     outcome = Outcome()
+    place = place_named(bench.device) if place is None else place
     # Asked for by name, a backend never hands a contender to another one.
-    with asked_backend(backend_in_use()):
+    with asked_backend(place.backend):
         for context in bench.contexts:
-            _measure_context(bench, context, outcome, tell, advancing)
+            _Context(bench, bench.plan(context, place.device), place, outcome, tell).measure(
+                advancing
+            )
     return outcome
 
 
-def _measure_context(
-    bench: DecodeBench,
-    context: int,
-    outcome: Outcome,
-    tell: Callable[[str], None],
-    advancing: Callable[[str, int], Any],
-) -> None:
-    plan = Plan(
-        shape=bench.shape,
-        batch=bench.batch,
-        context=context,
-        dtype=DTYPES[bench.dtype],
-        rank=bench.coordinates,
-        planes=bench.planes,
-    )
-    tell(f"{context:,} tokens: filling caches and checking every contender")
-    _Context(bench, plan, outcome).measure(tell, advancing)
+def place_named(device: str) -> Place:
+    """Return where a device's name leads: "cpu" or "cuda".
+
+    Raises:
+        InputError: If there is none here.
+    """
+    if device == HostPlace.name:
+        return HostPlace()
+    from loki_attn.bench.cuda_device import CudaDevice
+    from loki_attn.bench.device_place import DevicePlace
+
+    return DevicePlace(CudaDevice())
 
 
+@final
+@dataclass(frozen=True)
 class _Context:
     """One context: caches, gate, rounds, rows."""
 
-    def __init__(self, bench: DecodeBench, plan: Plan, outcome: Outcome) -> None:
-        self.bench, self.plan, self.outcome = bench, plan, outcome
-        self.backend = backend_in_use()
-        self.cache_bytes = last_level_cache_bytes()
+    bench: DecodeBench
+    plan: Plan
+    place: Place
+    outcome: Outcome
+    tell: Callable[[str], None]
 
-    def measure(self, tell: Callable[[str], None], advancing: Callable[[str, int], Any]) -> None:
+    @property
+    def title(self) -> str:
+        """What news and tables call it."""
+        batch = "" if self.plan.batch == 1 else f", batch {self.plan.batch}"
+        return f"{self.plan.context:,} tokens{batch}"
+
+    def measure(self, advancing: Callable[[str, int], Any]) -> None:
         """Fill, judge, time, and add the rows to the outcome."""
+        self.tell(f"{self.title}: filling caches and checking every contender")
         layers: list[Layer] = []
         contenders = self._contenders(layers)
-        count = self._layer_count(contenders)
-        layers += make_layers(self.plan, count)
-        verdicts = self._judge(contenders, layers[0], tell)
+        touched = [sum(c.touched_bytes) for c in contenders]
+        count = self.bench.layers or self.place.layer_count(
+            self.plan, touched, self.bench.memory_bytes
+        )
+        try:
+            if count == 0:
+                self._refuse()
+                return
+            layers += self.place.make_layers(self.plan, count)
+            self._measure(contenders, layers, advancing)
+        except torch.OutOfMemoryError as error:
+            self.outcome.left_out[self.title] = f"the device's memory: {error}".split(". ")[0]
+        finally:
+            layers.clear()
+            self.place.end()
+
+    def _measure(
+        self,
+        contenders: Sequence[Contender],
+        layers: Sequence[Layer],
+        advancing: Callable[[str, int], Any],
+    ) -> None:
+        bench, count = self.bench, len(layers)
+        verdicts = self._judge(contenders, layers)
         able = [c for c in contenders if c.name in verdicts and verdicts[c.name].passed]
         if not able:
             return
-        reader = Reader(_COLD_CACHES * self.cache_bytes)
-        title = f"{self.plan.context:,} tokens x {count} layers"
-        turns = len(able) * (self.bench.repeats + self.bench.warm_up)
-        with advancing(title, turns) as advance:
-            measured = self._time(able, count, reader, advance)
-        least = count * min(sum(contender.touched_bytes) for contender in able)
-        made = _Rows(self, measured, reader.by, count, least)
-        self.outcome.rows.extend(made.of(able, verdicts))
-
-    def _time(
-        self, able: Sequence[Contender], count: int, reader: Reader, advance: Advance
-    ) -> Measured:
-        return measure(
-            able,
-            count,
-            reader,
-            repeats=self.bench.repeats,
-            warm_up=self.bench.warm_up,
-            advance=advance,
+        turns = len(able) * (bench.repeats + bench.warm_up)
+        title = f"{self.title} x {count} layers"
+        with advancing(title, turns) as advance, torch.inference_mode():
+            measured = self.place.measure(
+                able, count, repeats=bench.repeats, warm_up=bench.warm_up, advance=advance
+            )
+        setting = Setting(
+            plan=self.plan,
+            place=self.place,
+            dtype=bench.dtype,
+            layers=count,
+            bytes_between_visits=count * min(sum(c.touched_bytes) for c in able),
+            command=bench.command,
         )
+        self.outcome.rows.extend(rows_of(setting, able, verdicts, measured))
 
     def _contenders(self, layers: Sequence[Layer]) -> list[Contender]:
         """Everybody; they look into `layers` when they run."""
         plan, bench = self.plan, self.bench
         amounts = sorted({rows_wanted(amount, plan.context) for amount in bench.amounts})
-        found = torch_forms(plan, layers)
-        if self.backend == "native":
-            found.append(dense_native(plan, layers))
-        else:
-            self.outcome.left_out[DENSE_NATIVE] = (
-                f"backend {self.backend} has no dense kernel of its own"
-            )
+        peers = self.place.peers(plan, layers)
+        self.outcome.left_out.update(peers.left_out)
+        found = list(peers.contenders)
         found += [exact_topk(plan, layers, k) for k in amounts]
         found += [loki(plan, layers, plane, k) for plane in bench.planes for k in amounts]
         if bench.parts:
             found += [loki_parts(plan, layers, p, k) for p in bench.planes for k in amounts]
         return found
 
-    def _layer_count(self, contenders: Sequence[Contender]) -> int:
-        if self.bench.layers is not None:
-            return self.bench.layers
-        free = free_memory_bytes()
-        limit = self.bench.memory_bytes
-        if limit is None:
-            limit = self.plan.layer_bytes() * 64 if free is None else free // 2
-        touched = [sum(c.touched_bytes) for c in contenders]
-        count = layers_wanted(self.plan, touched, _COLD_CACHES * self.cache_bytes, limit)
-        if count == 0:
-            raise InputError(
-                f"One layer of {self.plan.context:,} tokens takes "
-                f"{self.plan.layer_bytes() / 1e9:.2f} GB and as much again to fill, more than the "
-                f"{limit / 1e9:.2f} GB allowed; raise the memory limit or lower the context."
-            )
-        return count
+    def _refuse(self) -> None:
+        """Say that not even one layer fits."""
+        taken, room = self.place.room_bytes(self.plan)
+        limit = room if self.bench.memory_bytes is None else self.bench.memory_bytes
+        said = (
+            f"One layer of {self.title} takes {taken / 1e9:.2f} GB and as much again to fill, more "
+            f"than the {limit / 1e9:.2f} GB allowed; raise the memory limit or lower the context."
+        )
+        if self.place.must_fit:
+            raise InputError(said)
+        self.outcome.left_out[self.title] = (
+            f"one layer takes {taken / 1e9:.2f} GB with what its steps need, more than the "
+            f"{limit / 1e9:.2f} GB there are"
+        )
 
     def _judge(
-        self, contenders: Sequence[Contender], layer: Layer, tell: Callable[[str], None]
+        self, contenders: Sequence[Contender], layers: Sequence[Layer]
     ) -> dict[str, Verdict]:
-        gate = Gate(self.plan, layer)
-        verdicts = {}
+        gate, verdicts = Gate(self.plan, layers[0]), {}
         with torch.inference_mode():
             for contender in contenders:
+                key = f"{contender.name} at {self.title}"
                 try:
-                    verdict = gate.judge(contender)
+                    found = self.place.prepare(contender, len(layers))
+                    verdict = gate.judge(contender, found)
                 except LokiAttnError as error:
-                    self.outcome.left_out[contender.name] = str(error)
+                    self.outcome.left_out[contender.name if self.place.must_fit else key] = str(
+                        error
+                    )
+                    continue
+                except StepFailed as failed:
+                    self._fail(key, str(failed))
                     continue
                 verdicts[contender.name] = verdict
+                if why := self.place.why_eager(contender.name):
+                    self.tell(f"{key} is timed by events, because no graph holds it: {why}")
                 if not verdict.passed:
-                    key = f"{contender.name} at {self.plan.context:,} tokens"
-                    self.outcome.failures[key] = verdict.reason
-                    tell(f"{key} is wrong: {verdict.reason}")
+                    self._fail(key, verdict.reason)
         return verdicts
 
-
-class _Rows:
-    """From times to rows."""
-
-    def __init__(
-        self, context: _Context, measured: Measured, read_by: str, count: int, least: int
-    ) -> None:
-        self._context, self._measured = context, measured
-        plan, bench = context.plan, context.bench
-        self._shared: dict[str, Any] = {
-            "task": TASK,
-            "shape": plan.shape.name,
-            "num_heads": plan.shape.num_heads,
-            "num_kv_heads": plan.shape.num_kv_heads,
-            "head_dim": plan.shape.head_dim,
-            "batch": plan.batch,
-            "context": plan.context,
-            "dtype": bench.dtype,
-            "backend": context.backend,
-            "threads": torch.get_num_threads(),
-            "read_by": read_by,
-            "layers": count,
-            "bytes_between_visits": least,
-            "last_level_cache_bytes": context.cache_bytes,
-            "provenance": {**provenance(), "device": "cpu", "command": bench.command},
-        }
-
-    def of(self, able: Sequence[Contender], verdicts: Mapping[str, Verdict]) -> list[StepRow]:
-        """One row per contender, and one per stage where stages are timed apart."""
-        whole = [c for c in able if len(c.stages) == 1]
-        medians = {c.name: self._times(c.name, "").median_us for c in whole}
-        torch_names = [c.name for c in whole if c.kind == "torch"]
-        best = min((medians[name] for name in torch_names), default=None)
-        rows = []
-        for contender in able:
-            verdict = verdicts[contender.name]
-            for stage, touched in zip(contender.stages, contender.touched_bytes, strict=True):
-                rows.append(self._row(contender, stage[0], touched, verdict, medians, best))
-        return rows
-
-    def _times(self, name: str, stage: str) -> Times:
-        return self._measured.times[name, stage]
-
-    def _row(
-        self,
-        contender: Contender,
-        stage: str,
-        touched: int,
-        verdict: Verdict,
-        medians: Mapping[str, float],
-        best: float | None,
-    ) -> StepRow:
-        plan, read_bytes_per_s = self._context.plan, self._measured.read_bytes_per_s
-        times = self._times(contender.name, stage)
-        speed = touched / times.median_us * 1e6
-        peers = {n: m for n, m in medians.items() if not stage and n != contender.name}
-        ratios = {name: median / times.median_us for name, median in peers.items()}
-        headline: dict[str, Any] = {}
-        if not stage and contender.kind == "loki":
-            headline = {
-                "ratio_best_torch": None if best is None else best / times.median_us,
-                "ratio_hf": ratios.get(HF),
-                "ratio_dense_native": ratios.get(DENSE_NATIVE),
-                "share_of_byte_limit": speed / read_bytes_per_s,
-            }
-        return StepRow(
-            contender=contender.name.removesuffix(PARTS) + (f": {stage}" if stage else ""),
-            kind=contender.kind,
-            part=stage or None,
-            k=contender.k,
-            rank=None if contender.plane is None else plan.rank,
-            plane=contender.plane,
-            **asdict(times),
-            bytes_touched=touched,
-            gb_per_s=speed / 1e9,
-            read_gb_per_s=read_bytes_per_s / 1e9,
-            share_of_bandwidth=speed / read_bytes_per_s,
-            ratios=ratios,
-            gate=verdict.to_json(),
-            **self._shared,
-            **headline,
-        )
+    def _fail(self, key: str, reason: str) -> None:
+        self.outcome.failures[key] = reason
+        self.tell(f"{key} is wrong: {reason}")
 
 
 def _refuse_repeats(name: str, given: tuple[Any, ...]) -> None:

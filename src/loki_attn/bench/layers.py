@@ -1,7 +1,7 @@
 """Layer caches as a model's layers have them: independent, so that none of them stays warm."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final, final
 
 import torch
@@ -32,6 +32,7 @@ class Plan:
         dtype: Dtype of keys, values and queries.
         rank: Coordinates of the lead planes.
         planes: Number formats of the lead planes, one cache for each.
+        device: Where the caches lie and the steps are computed.
     """
 
     shape: Shape
@@ -40,6 +41,7 @@ class Plan:
     dtype: torch.dtype
     rank: int
     planes: tuple[str, ...]
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     @property
     def call(self) -> AttentionCall:

@@ -51,7 +51,7 @@ class StepRow(BenchRow):
     """One contender of "bench decode". What does not apply is None.
 
     Attributes:
-        kind: "torch", "dense", "exact" or "loki".
+        kind: "torch", "library", "dense", "exact" or "loki".
         part: "score", "choose" or "attend" where a part of a step was timed; else None.
         num_heads: Query heads.
         num_kv_heads: KV heads.
@@ -62,16 +62,22 @@ class StepRow(BenchRow):
         bytes_touched: By formula: what a step reads of caches and maps.
         gb_per_s: Those bytes by the median time, in 1e9 bytes per second.
         read_gb_per_s: What reading memory gave between the turns of the same run.
-        read_by: What read it.
+        read_by: What read it; on a device a copy, bytes read and written.
         share_of_bandwidth: gb_per_s / read_gb_per_s.
         layers: Independent layer caches that took turns.
         bytes_between_visits: What is touched at the least until a layer is visited again.
-        last_level_cache_bytes: Of the processor.
+        last_level_cache_bytes: Of the processor, or of the device.
+        device: Where it ran: "cpu" or "cuda".
+        timed_by: "steps", each on its own; on a device "graph replay", or "events" around steps
+            that no graph can hold.
         ratios: Median of each peer by this median: above 1, this one is faster.
         ratio_best_torch: The same for the fastest dense form of torch; Loki's rows only.
+        ratio_best_dense: For the fastest of all dense contenders; Loki's rows only.
+        best_dense: Which one that is.
         ratio_hf: For the form that transformers calls; Loki's rows only.
         ratio_dense_native: For our own dense attention; Loki's rows only.
         share_of_byte_limit: Time to read the bytes at full bandwidth by the median; Loki's only.
+        eager_us: On a device, microseconds of a step that is started on its own.
     """
 
     kind: str
@@ -90,11 +96,16 @@ class StepRow(BenchRow):
     layers: int
     bytes_between_visits: int
     last_level_cache_bytes: int
-    ratios: Mapping[str, float]
+    device: str
+    timed_by: str
+    ratios: Mapping[str, float] = field(default_factory=dict)
     ratio_best_torch: float | None = None
+    ratio_best_dense: float | None = None
+    best_dense: str | None = None
     ratio_hf: float | None = None
     ratio_dense_native: float | None = None
     share_of_byte_limit: float | None = None
+    eager_us: float | None = None
 
 
 @final

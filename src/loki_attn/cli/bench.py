@@ -47,7 +47,8 @@ _Planes = Annotated[
 ]
 _Rank = Annotated[int | None, typer.Option(help="Coordinates of the plane.  [default: Loki's own]")]
 _Dtype = Annotated[str, typer.Option(help="Of keys and values: bf16, fp16 or fp32.")]
-_Batch = Annotated[int, typer.Option(help="Sequences at once.")]
+_Batches = Annotated[str, typer.Option("--batch", help="Sequences at once; several, with commas.")]
+_Device = Annotated[str, typer.Option(help="Where to run: cpu or cuda.")]
 _Repeats = Annotated[int, typer.Option(help="Rounds of turns that count.")]
 _Layers = Annotated[
     int | None,
@@ -73,7 +74,8 @@ def decode(
     planes: _Planes = "int8",
     rank: _Rank = None,
     dtype: _Dtype = "bf16",
-    batch: _Batch = 1,
+    batch: _Batches = "1",
+    device: _Device = "cpu",
     repeats: _Repeats = 20,
     layers: _Layers = None,
     memory_gib: _Memory = None,
@@ -96,7 +98,8 @@ def decode(
         planes=_listed(planes),
         rank=rank,
         dtype=dtype,
-        batch=batch,
+        batches=_numbers("batch", batch),
+        device=device,
         repeats=repeats,
         layers=layers,
         memory_bytes=None if memory_gib is None else int(memory_gib * _GIB),
@@ -237,13 +240,24 @@ def _measure_speech(
     )
 
 
-def _measure_steps(threads: int | None, shape: "Shape", **settings: Any) -> "Outcome":
+def _measure_steps(
+    threads: int | None, shape: "Shape", *, batches: Sequence[int] = (1,), **settings: Any
+) -> "Outcome":
     from loki_attn.bench import machine
-    from loki_attn.bench.decode import DecodeBench, measure_decode
+    from loki_attn.bench.decode import DecodeBench, Outcome, measure_decode, place_named
 
-    bench = DecodeBench(shape=shape, command=_command(), **settings)
+    # All are refused before the first is measured.
+    benches = [
+        DecodeBench(shape=shape, command=_command(), batch=batch, **settings) for batch in batches
+    ]
+    if len(set(batches)) != len(batches) or not batches:
+        raise InputError("--batch takes different numbers, at least one of them.")
+    outcome = Outcome()
     with machine.threads(threads):
-        return measure_decode(bench, terminal.say, _advancing)
+        place = place_named(benches[0].device)
+        for bench in benches:
+            outcome.add(measure_decode(bench, terminal.say, _advancing, place))
+    return outcome
 
 
 def _advancing(title: str, turns: int) -> Any:
