@@ -317,8 +317,6 @@ def _at_once(
     per_head = visible is not None and visible.shape[1] > 1
     if lead is None or per_head or layer.reuse_above is not None:
         return None
-    if layer.group_reduce not in ("softmax_sum", "max", "none"):
-        return None
     reading = layer.budget.reading(cache.length, visible)
     return ops().step(
         query,

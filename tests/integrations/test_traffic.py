@@ -9,6 +9,8 @@ import loki_attn
 from loki_attn import Budget, LayerCache, Policy, Selection
 from loki_attn.attention import LayerPolicy
 from loki_attn.integrations.transformers import Traffic
+from loki_attn.integrations.transformers import traffic as traffic_module
+from loki_attn.integrations.transformers.traffic import Meter
 from loki_attn.select.loki import Loki
 from loki_attn.serving import Served
 from loki_attn.shards import Shard
@@ -79,6 +81,13 @@ def test_windows_are_not_counted():
 
 def record(indices, counts, num_heads=4):
     """Traffic of one call that read `indices` of 8 rows of 2 KV heads."""
+    traffic = Traffic()
+    assert traffic.record(served(indices, counts, num_heads)) is None
+    return traffic
+
+
+def served(indices, counts, num_heads=4):
+    """One call that read `indices` of 8 rows of 2 KV heads."""
     cache = LayerCache()
     batch = indices.shape[0]
     cache.append(torch.zeros(batch, 2, 8, 16), torch.zeros(batch, 2, 8, 16))
@@ -89,9 +98,7 @@ def record(indices, counts, num_heads=4):
         budget=Budget(),
         group_reduce="none",
     )
-    traffic = Traffic()
-    traffic.record(Served(Shard(cache), policy, "decode", Selection(indices, counts), scored=True))
-    return traffic
+    return Served(Shard(cache), policy, "decode", Selection(indices, counts), scored=True)
 
 
 def test_heads_that_choose_alone_read_the_union_of_their_group():
@@ -107,3 +114,26 @@ def test_rows_that_fill_up_a_batch_are_not_counted():
 def test_heads_that_choose_alone_fill_up_too():
     indices = torch.tensor([[[0, -1], [0, -1], [5, 6], [7, -1]]])
     assert record(indices, torch.tensor([[1, 1, 2, 1]])).rows_read == 1 + 3
+
+
+def test_nobody_waits_for_counts_of_another_device_before_they_are_asked_for(monkeypatch):
+    monkeypatch.setattr(traffic_module, "is_far", lambda tensor: True)
+    monkeypatch.setattr(traffic_module, "_MOST_UNREAD", 3)
+    indices, counts = torch.tensor([[[0, 1, 2], [4, 6, 7]]]), torch.tensor([[3, 3]])
+    meter, once = Meter(), record_near(indices, counts)
+    for calls in range(1, 6):
+        meter.record(served(indices, counts))
+        waited = calls >= 3  # the third filled the list
+        assert meter.counts.rows_read == (3 * once.rows_read if waited else 0)
+        assert meter.counts.sparse_calls == calls
+    settled = meter.settled()
+    assert settled.rows_read == 5 * once.rows_read
+    assert settled.read_bytes == 5 * once.read_bytes
+
+
+def record_near(indices, counts):
+    """The traffic of the call as the processor knows it at once."""
+    traffic = Traffic()
+    for unread in filter(None, [traffic.record(served(indices, counts))]):
+        traffic.add(int(unread.rows), unread.row_bytes)
+    return traffic

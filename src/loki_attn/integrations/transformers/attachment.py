@@ -4,7 +4,7 @@ import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Final, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from torch import nn
 from torch.utils.hooks import RemovableHandle
@@ -13,7 +13,8 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from loki_attn.attention import LayerPolicy
 from loki_attn.basis import Basis
-from loki_attn.errors import CacheError, InputError, LokiAttnError
+from loki_attn.errors import InputError, LokiAttnError
+from loki_attn.integrations.transformers.adopting import Adopter, cache_of
 from loki_attn.integrations.transformers.binding import Calibrated, bind_layers
 from loki_attn.integrations.transformers.dropping import Dropper
 from loki_attn.integrations.transformers.function import (
@@ -24,7 +25,6 @@ from loki_attn.integrations.transformers.function import (
     Shared,
 )
 from loki_attn.integrations.transformers.identity import identity
-from loki_attn.integrations.transformers.layers import LokiLayer
 from loki_attn.integrations.transformers.probe import (
     check_servable,
     probe_layers,
@@ -44,8 +44,6 @@ from loki_attn.types import LayerShape, Mode
 if TYPE_CHECKING:
     from loki_attn.artefact import JSON
 
-_CACHE_ARGUMENTS: Final = ("past_key_values", "layer_past", "past_key_value")
-
 
 def attach(
     model: PreTrainedModel,
@@ -61,7 +59,8 @@ def attach(
     """Make a model attend by a policy until the returned attachment is detached.
 
     Plain `model.generate(...)` and `model(...)` work as before; the caches that they make become
-    Loki caches. Use it as a context manager, or keep the handle and call `detach()`.
+    Loki caches, static ones (`cache_implementation="static"`) and compiled steps included. Use it
+    as a context manager, or keep the handle and call `detach()`.
 
     Args:
         model: A causal language model of transformers 5. Models that share its config object, and
@@ -116,8 +115,6 @@ class Attachment:
         self.policy = policy
         self.basis, self.profile = given.basis, given.profile
         self.shapes: dict[int, LayerShape] = {}
-        self._owner = secrets.token_hex(8)
-        self._reserve_tokens = reserve_tokens
         self._shared = Shared(mode=_checked_mode(mode))
         self._dropper = Dropper(self._shared)
         self._shared.after = lambda state, q_len: self._dropper.attended(state, q_len, self.shapes)
@@ -125,6 +122,8 @@ class Attachment:
         self._identity: dict[str, JSON] | None = None
         self._hooks: list[RemovableHandle] = []
         self._states: dict[int, LayerState] = {}
+        owner = secrets.token_hex(8)
+        self._adopter = Adopter(owner, self._shared, self._states, reserve_tokens)
         self._modules: list[nn.Module] = []
         stock = short_logits(model) if verify_first else None
         self._previous = implementations(model)
@@ -145,7 +144,7 @@ class Attachment:
     @property
     def traffic(self) -> Traffic:
         """What attention read since the last `traffic.reset()`."""
-        return self._shared.traffic
+        return self._shared.meter.settled()
 
     @property
     def mode(self) -> Mode:
@@ -242,10 +241,9 @@ class Attachment:
     def cache(self, reserve_tokens: int | None = None) -> Cache:
         """Return an empty cache for `past_key_values=`, of one conversation or batch."""
         made = DynamicCache(config=self.model.config)
-        reserve = self._reserve_tokens if reserve_tokens is None else reserve_tokens
         for index in self.shapes:
             if index < len(made.layers) and type(made.layers[index]) is DynamicLayer:
-                made.layers[index] = self._new_layer(index, reserve)
+                made.layers[index] = self._adopter.new_layer(index, reserve_tokens)
         return made
 
     def detach(self) -> None:
@@ -262,7 +260,8 @@ class Attachment:
                 delattr(module, STATE)
         for config, implementation in self._previous:
             config._attn_implementation = implementation
-        self._hooks, self._modules, self._states = [], [], {}
+        self._hooks, self._modules = [], []
+        self._states.clear()
 
     def __enter__(self) -> Self:
         """Return the attachment."""
@@ -282,7 +281,8 @@ class Attachment:
             index = getattr(module, "layer_idx", None)
             if not isinstance(index, int) or "attention" not in type(module).__name__.lower():
                 continue
-            state = self._states.setdefault(index, LayerState(index, self._shared))
+            new = LayerState(index, self._shared, first=not self._states)
+            state = self._states.setdefault(index, new)
             setattr(module, STATE, state)
             self._modules.append(module)
             self._hooks += [
@@ -294,10 +294,10 @@ class Attachment:
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Hand the layer's rows of this forward's cache to the attention function."""
         state: LayerState = getattr(module, STATE)
-        given = [kwargs.get(name) for name in _CACHE_ARGUMENTS] + list(args)
-        cache = next((c for c in given if isinstance(c, Cache)), None)
-        state.called = False
-        state.layer = None if cache is None else self._adopt(cache, state)
+        cache = cache_of(args, kwargs)
+        state.called = state.static = False
+        if cache is not None:
+            self._adopter.adopt(cache, state)
         state.rotary = kwargs.get("position_embeddings")
 
     def _after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -311,51 +311,6 @@ class Attachment:
                 f"Layer {state.index} attended without the attached policy, because the model's "
                 f"attention implementation was changed to {self.model.config._attn_implementation}"
                 " meanwhile; detach first, then change it."
-            )
-
-    def _adopt(self, cache: Cache, state: LayerState) -> LokiLayer | None:
-        """Return the cache's layer as ours, made from a stock one where needed, and arm it."""
-        index, layers = state.index, cache.layers
-        probing = state.policy is None and state.seen is None
-        if state.policy is None and not probing:
-            return None
-        while len(layers) <= index and getattr(cache, "layer_class_to_replicate", None):
-            layers.append(cache.layer_class_to_replicate())
-        if index >= len(layers):
-            return None
-        layer = layers[index]
-        state.cache_layer = type(layer).__name__
-        if isinstance(layer, LokiLayer):
-            self._check_owner(layer)
-        elif type(layer) is DynamicLayer:
-            layer = layers[index] = self._from_stock(layer, index)
-        elif probing:
-            return None
-        else:
-            raise CacheError(
-                f"Layer {index} of this cache is a {type(layer).__name__}; a sparse layer needs "
-                "the default dynamic cache: drop cache_implementation, or pass "
-                "past_key_values=attachment.cache()."
-            )
-        layer.follow(state.policy)
-        layer.armed = True
-        return layer
-
-    def _from_stock(self, stock: DynamicLayer, index: int) -> LokiLayer:
-        layer = self._new_layer(index, self._reserve_tokens)
-        if stock.get_seq_length() > 0:
-            layer.armed = True
-            layer.update(stock.keys, stock.values)
-        return layer
-
-    def _new_layer(self, index: int, reserve_tokens: int) -> LokiLayer:
-        return LokiLayer(self._states[index].policy, self._owner, reserve_tokens)
-
-    def _check_owner(self, layer: LokiLayer) -> None:
-        if layer.owner != self._owner:
-            raise CacheError(
-                "This cache was made by another attachment, for another model or policy; start a "
-                "new one with past_key_values=attachment.cache()."
             )
 
     def _rope_of_layers(self) -> dict[int, Rope]:
@@ -390,4 +345,6 @@ def _let_go(state: LayerState) -> None:
     """End a forward: its cache may not be updated by anybody else."""
     if state.layer is not None:
         state.layer.armed = False
-    state.layer = state.rotary = None
+    if state.fixed is not None:
+        state.fixed.armed = False
+    state.layer = state.fixed = state.rotary = None

@@ -22,7 +22,7 @@ class Dropper:
     """Drops what the layers of one attachment need not keep, when it is time.
 
     Args:
-        shared: What the layers share; rows that go are counted in its traffic.
+        shared: What the layers share; rows that go are counted in its meter.
     """
 
     def __init__(self, shared: Shared) -> None:
@@ -65,7 +65,7 @@ class Dropper:
         prompt: Prompt | None,
     ) -> int:
         """Evict from a cache of a prompt that was read densely; see `Attachment.compress`."""
-        before, due = self._shared.traffic.evicted_rows, []
+        before, due = self._shared.meter.counts.evicted_rows, []
         bound = [(s.policy, cache.layers[s.index]) for s in states if s.policy is not None]
         twice = any(p.eviction is not None and reads_twice(p.eviction) for p, _ in bound)
         for policy, layer in bound:
@@ -86,7 +86,7 @@ class Dropper:
         for _, layer in bound:
             layer.asked = None
         self._drop(due)
-        return self._shared.traffic.evicted_rows - before
+        return self._shared.meter.counts.evicted_rows - before
 
     def _tell(self, q_len: int) -> None:
         """Say once that nothing goes without a second pass."""
@@ -109,7 +109,7 @@ class Dropper:
             groups = groupby(due, key=lambda one: one[0].evict.leader(one[0].place.shape.index))
             for part in [due] if together else [list(group) for _, group in groups]:
                 turns = [(eviction, layer.turn) for eviction, layer in part]
-                self._shared.traffic.evicted_rows += evict(turns)
+                self._shared.meter.counts.evicted_rows += evict(turns)
             for eviction, layer in due:
                 layer.show()
                 if self._shared.scales is not None:

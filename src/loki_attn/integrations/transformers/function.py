@@ -11,7 +11,8 @@ from loki_attn.attention import LayerPolicy
 from loki_attn.errors import InputError, LokiAttnError, UnsupportedModelError
 from loki_attn.eviction import Turn
 from loki_attn.integrations.transformers.layers import LokiLayer
-from loki_attn.integrations.transformers.traffic import Scales, Traffic, as_mask
+from loki_attn.integrations.transformers.static_layers import LokiStaticLayer, dense_over_slots
+from loki_attn.integrations.transformers.traffic import Meter, Scales, as_mask
 from loki_attn.kernels import ops
 from loki_attn.serving import How, Served, rows_for, rows_of_tokens, serve
 from loki_attn.types import AttentionCall, Mode
@@ -86,7 +87,7 @@ class Shared:
     mode: Mode = "decode"
     always_select: bool = False
     observer: Observer | None = None
-    traffic: Traffic = field(default_factory=Traffic)
+    meter: Meter = field(default_factory=Meter)
     recording: bool = False
     scales: Scales | None = None
     after: Callable[["LayerState", int], None] = lambda state, q_len: None
@@ -114,20 +115,27 @@ class LayerState:
         policy: None where the layer stays dense (sliding window, linear, natively sparse) and
             while the probe runs.
         layer: The cache layer of the forward that runs now; None between forwards.
+        fixed: The same, of a static cache.
         cache_layer: Class name of the stock cache layer that the probe found.
         rotary: The model's (cos, sin) of the forward that runs now.
         seen: What the probe saw.
         called: Whether the forward that runs now called the attention function.
+        static: Whether the cache of the forward that runs now has fixed slots here, ours or the
+            host's.
+        first: Whether this is the model's first attention layer.
     """
 
     index: int
     shared: Shared
     policy: LayerPolicy | None = None
     layer: LokiLayer | None = None
+    fixed: LokiStaticLayer | None = None
     cache_layer: str = ""
     rotary: tuple[Tensor, Tensor] | None = None
     seen: Seen | None = None
     called: bool = False
+    static: bool = False
+    first: bool = False
 
 
 def loki_attention(
@@ -171,10 +179,13 @@ def loki_attention(
     state: LayerState | None = getattr(module, STATE, None)
     if state is not None:
         state.called = True
-    if state is not None and state.policy is not None:
-        rows = query, key, value
+    rows = query, key, value
+    if state is not None and (state.policy is not None or state.static):
         with torch.no_grad():
-            out, weights = _serve(state, state.policy, rows, call, visible, weigh=weigh)
+            if state.static or state.policy is None:
+                out, weights = _serve_static(state, rows, call, visible, weigh=weigh), None
+            else:
+                out, weights = _serve(state, state.policy, rows, call, visible, weigh=weigh)
         if query.requires_grad and torch.is_grad_enabled():
             out = _ForwardOnly.apply(out, query)  # type: ignore[no-untyped-call]
     else:
@@ -237,14 +248,36 @@ def _serve(
         )
     out, done = serve(query, turn, layer, call, visible, how, always=shared.always_select)
     for served in done if single else ():
-        shared.traffic.record(served)
-    shared.traffic.every_query_calls += any(served.how == "every_query" for served in done)
+        shared.meter.record(served)
+    shared.meter.counts.every_query_calls += any(served.how == "every_query" for served in done)
     weights = _weights_of(done[0], query, call, visible) if weigh else None
     if state.layer is not None:
         if shared.recording and not single:
             state.layer.record(query)
         shared.after(state, query.shape[2])
     return out, weights
+
+
+def _serve_static(
+    state: LayerState,
+    tensors: tuple[Tensor, Tensor, Tensor],
+    call: AttentionCall,
+    visible: Tensor | None,
+    *,
+    weigh: bool,
+) -> Tensor:
+    """Attend over the slots of a static cache, a compiled step's included."""
+    query, key, value = tensors
+    if weigh:
+        raise InputError(
+            "output_attentions cannot be had of an attached model with a static cache, which does "
+            "not return what it read; drop cache_implementation='static'."
+        )
+    if state.fixed is None:
+        return dense_over_slots(query, key, value, None, call, visible)
+    if query.shape[2] == 1 and not torch.compiler.is_compiling():
+        state.shared.meter.counts.static_calls += 1
+    return state.fixed.attend(query, key, call, visible)
 
 
 def _weights_of(

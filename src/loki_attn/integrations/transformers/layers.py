@@ -12,6 +12,7 @@ from transformers.cache_utils import DynamicLayer
 
 from loki_attn.attention import LayerPolicy
 from loki_attn.cache import LayerCache
+from loki_attn.compiled import StaticRows
 from loki_attn.errors import CacheError
 from loki_attn.eviction import Turn
 from loki_attn.row_format import Mark, RowFormat
@@ -239,5 +240,8 @@ def cache_bytes(cache: Cache) -> int:
 def _layer_bytes(layer: Any) -> int:
     if isinstance(layer, LokiLayer):
         return layer.rows.nbytes()
+    fixed = getattr(layer, "rows", None)
+    if isinstance(fixed, StaticRows):
+        return fixed.nbytes
     held = (getattr(layer, name, None) for name in ("keys", "values"))
     return sum(rows.nbytes for rows in held if rows is not None)
