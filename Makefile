@@ -8,12 +8,17 @@ ARGS ?=
 # What the native kernels are built from; a change builds them again.
 NATIVE := CMakeLists.txt $(wildcard native/*.h native/*.cpp)
 
-.PHONY: help demo test bench docs sanitize lint format clean
+# On a machine with a GPU: the Python whose torch sees it, and the minutes that measuring may take.
+GPU_PYTHON ?= python3
+MINUTES ?= 25
+
+.PHONY: help demo test bench gpu docs sanitize lint format clean
 
 help:
 	@echo "make demo     a real model with dense and with Loki attention, side by side"
 	@echo "make test     the test suite"
 	@echo "make bench    time decode steps against torch on this machine"
+	@echo "make gpu      test the Triton kernels on a GPU, then time them against its dense kernels"
 	@echo "make docs     the documentation site, in build/docs"
 	@echo "make sanitize the native kernels under the address and undefined-behaviour sanitizers"
 	@echo "make lint     style, types and the import law"
@@ -31,6 +36,11 @@ test: $(READY)
 
 bench: $(READY)
 	$(BIN)/loki-attn bench decode $(ARGS)
+
+# Needs no .venv, which holds a torch without CUDA: GPU_PYTHON's packages serve.
+gpu:
+	TRITON_INTERPRET=0 PYTHONPATH=src $(GPU_PYTHON) -m pytest tests/kernels -k triton $(ARGS)
+	PYTHONPATH=src $(GPU_PYTHON) tools/gpu_report.py --minutes $(MINUTES)
 
 docs: $(READY)
 	$(BIN)/sphinx-build -W -n docs build/docs $(ARGS)

@@ -211,7 +211,11 @@ CASES = [
     for order, select in enumerate(variants(method))
     for how in rules(select, default=order == 0)
 ]
-FUSED_RULES = {"softmax_sum", "max", "none"}
+# How a group may agree within one kernel.
+FUSED_RULES = {
+    "native": {"softmax_sum", "max", "none"},
+    "triton": set(get_args(GroupReduce)),
+}
 
 
 # What is run through Triton's interpreter, which takes a fifth of a second for a decode step: every
@@ -223,6 +227,9 @@ INTERPRETED = [
     "loki-0.25-planes-bf16-none",
     "loki-0.25-planes-int4-max",
     "loki-0.25-rotated-int8-softmax_sum",
+    "exact_topk-softmax_max",
+    "exact_topk-sum",
+    "streaming_llm-softmax_sum",
 ]
 
 
@@ -305,7 +312,9 @@ def proven(served, name, decode):
         elif name == "triton" and layer.budget.mass is not None:
             assert {"choose", "attend"} <= ran
         else:
-            fused = layer.selector.lead(cache) is not None and layer.group_reduce in FUSED_RULES
+            fused = (
+                layer.selector.lead(cache) is not None and layer.group_reduce in FUSED_RULES[name]
+            )
             assert ran == {"step"} if fused else {"choose", "attend"} <= ran
             assert name != "native" or native.last_isa() == native.isa()
         return result

@@ -77,6 +77,8 @@ def examine() -> dict[str, Any]:
 
 
 def _backends() -> dict[str, Any]:
+    import torch
+
     from loki_attn.kernels import backends
 
     answers = []
@@ -84,11 +86,14 @@ def _backends() -> dict[str, Any]:
         answer = backends.probe(name)
         reason = answer.reason if isinstance(answer, backends.Rejected) else None
         answers.append({"name": name, "accepted": reason is None, "reason": reason})
+    on_gpu = None
     try:
         chosen, problem = backends.resolve().name, None
+        if torch.cuda.is_available():
+            on_gpu = backends.resolve(None, "cuda").name
     except LokiAttnError as error:
         chosen, problem = None, str(error)
-    return {"chosen": chosen, "problem": problem, "probed": answers}
+    return {"chosen": chosen, "chosen_on_gpu": on_gpu, "problem": problem, "probed": answers}
 
 
 def _native() -> dict[str, Any] | None:
@@ -149,6 +154,8 @@ def _tables(found: dict[str, Any]) -> list[tuple[str, list[str], list[list[str]]
         for b in backends["probed"]
     ]
     chosen = [["chosen", backends["chosen"] or "none", backends["problem"] or ""]]
+    if backends["chosen_on_gpu"]:
+        chosen.append(["chosen on the GPU", backends["chosen_on_gpu"], ""])
     native = [
         [_NATIVE_WORDS.get(key, key), ", ".join(value) if isinstance(value, list) else str(value)]
         for key, value in (found["native"] or {}).items()

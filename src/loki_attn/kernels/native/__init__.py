@@ -241,6 +241,8 @@ def step(  # noqa: PLR0913 - what its three parts take together
         if reading.counts is None:
             return None  # nothing is estimated: the straight line says what is wrong
         how = "max"  # all query heads of a group read the same rows
+    if how not in packing.REDUCES:
+        return None
     batch, kv_heads, heads, seq = _sizes(rows_query, keys, values)
     kept, seen = packing.visible_of(visible, batch, seq)
     sink, sink_pointer = packing.sinks_of(call.sink_logits, heads)

@@ -10,15 +10,16 @@ import torch
 from torch import Tensor
 
 from loki_attn.kernels.backends import Unserved
-from loki_attn.kernels.triton import launching
+from loki_attn.kernels.triton import attending, choosing, ranking
 from loki_attn.kernels.triton.appending import append
-from loki_attn.kernels.triton.device import device_types, interpreted, why_not
-from loki_attn.kernels.triton.launching import Ranking
+from loki_attn.kernels.triton.device import device_types, interpreted, on, why_not
+from loki_attn.kernels.triton.ranking import Ranking
 from loki_attn.kernels.triton.request import (
     Choosers,
     Held,
     batch_of,
     lead_form,
+    mask_of,
     same_dtype,
     served,
     sink_logits_of,
@@ -55,16 +56,16 @@ def score(
     if q_len != 1 or rank != lead.rank or kv_heads == 0 or heads % kv_heads or seq == 0:
         raise Unserved(f"queries {list(query.shape)} do not fit {kv_heads} KV heads of {seq} rows")
     who = Choosers.of(heads, kv_heads, "max")
-    asked = launching.map_queries(query, None, lead, who, call.scaling)
     # Scoring reads no rows but the lead's: these only say how many there are.
     rows = lead.plane.new_empty((1,)).expand(batch, kv_heads, seq, 1)
-    held = Held(keys=rows, values=rows)
-    return launching.score(
-        Ranking(
-            held=held, lead=lead, scales=scales, who=who, asked=asked, batch=batch, mask=None,
-            call=call,
-        )
-    )  # fmt: skip
+    with on(query):
+        asked = ranking.map_queries(query, None, lead, who, call.scaling)
+        return ranking.score(
+            Ranking(
+                held=Held(keys=rows, values=rows), lead=lead, scales=scales, who=who,
+                asked=asked, batch=batch, mask=None, call=call,
+            )
+        )  # fmt: skip
 
 
 def choose(scores: Tensor, counts: Tensor, visible: Tensor, forced: Tensor) -> Selection:
@@ -77,8 +78,9 @@ def choose(scores: Tensor, counts: Tensor, visible: Tensor, forced: Tensor) -> S
         raise Unserved("the marks of rows do not lie side by side")
     seen, first = (marks if marks.stride(3) else marks.contiguous() for marks in (seen, first))
     most = max(int(wanted.max()), 1)
-    ranked = launching.order(scores, seen, first)
-    chosen = launching.choose(ranked, shape[0] * shape[1], wanted, most)
+    with on(scores):
+        ranked = choosing.order(scores, seen, first)
+        chosen = choosing.choose(ranked, shape[0] * shape[1], wanted, most)
     return Selection(chosen.indices.view(*shape[:2], most), chosen.counts.view(shape[:2]))
 
 
@@ -97,9 +99,9 @@ def attend(
     if indices.shape[1] != who.count or counts.shape != indices.shape[:2]:
         raise Unserved(f"indices {list(indices.shape)} are not one row for each head")
     sink_logits = sink_logits_of(call, heads, query)
-    out, log_sums = launching.attend(
-        query, held, Selection(indices, counts), who, call, sink_logits
-    )
+    chosen = Selection(indices, counts)
+    with on(query):
+        out, log_sums = attending.attend(query, held, chosen, who, call, sink_logits)
     return AttentionOutput(out, log_sums)
 
 
@@ -150,29 +152,48 @@ def step_over(
         [batch, heads, 1, value_dim] in the query's dtype and what was read; None where there is no
         fused form.
     """
-    if lead.plane is None or reading.counts is None or how not in ("softmax_sum", "max", "none"):
+    if reading.counts is None:
         return None
     keys, values = held.keys, held.values
     served(query, rows_query, keys, values)
     same_dtype(rows_query, keys, values)
     batch = batch_of(rows_query, held)
-    heads, kv_heads = query.shape[1], keys.shape[1]
     if held.capacity == 0:
         raise Unserved("there are no rows")
-    form, who = lead_form(lead), Choosers.of(heads, kv_heads, how)
-    sink_logits = sink_logits_of(call, heads, query)
-    asked = launching.map_queries(query, lead.query_map, form, who, call.scaling)
-    ranking = Ranking(
-        held=held, lead=form, scales=lead.scales, who=who, asked=asked, batch=batch, mask=mask,
-        call=call,
-    )  # fmt: skip
-    ranked = launching.rank(
-        ranking, reading.sinks, reading.recents, sink_logits,
-        weights=how == "softmax_sum" and who.heads > 1,
-    )  # fmt: skip
+    mask = mask_of(mask, batch, held)
+    # By recency all query heads of a group read the same rows.
+    rule: GroupReduce = "max" if lead.plane is None else how
+    who = Choosers.of(query.shape[1], keys.shape[1], rule)
+    sink_logits = sink_logits_of(call, query.shape[1], query)
     counts, most = reading.counts, reading.most
     if most is None:
         most = int(counts.max()) if isinstance(counts, Tensor) else counts
-    selection = launching.choose(ranked, batch, counts, max(most, 1), held.lengths)
-    out, _ = launching.attend(rows_query, held, selection, who, call, sink_logits)
-    return out, selection
+    with on(keys):
+        ranked = _ranked(held, query, lead, reading, how, who, call, mask)
+        chosen = choosing.choose(ranked, batch, counts, max(most, 1), held.lengths)
+        out, _ = attending.attend(rows_query, held, chosen, who, call, sink_logits)
+    return out, chosen
+
+
+def _ranked(
+    held: Held,
+    query: Tensor,
+    lead: Lead,
+    reading: Reading,
+    how: GroupReduce,
+    who: Choosers,
+    call: AttentionCall,
+    mask: Tensor | None,
+) -> choosing.Ranked:
+    """Give every row a sort key, by its lead or by its age."""
+    batch, counts = query.shape[0], reading.counts
+    sink_logits = sink_logits_of(call, query.shape[1], query)
+    if lead.plane is None and counts is not None:
+        return choosing.rank_by_recency(held, mask, batch, who.count, counts, reading.sinks)
+    form = lead_form(lead)
+    asked = ranking.map_queries(query, lead.query_map, form, who, call.scaling)
+    wanted = Ranking(
+        held=held, lead=form, scales=lead.scales, who=who, asked=asked, batch=batch, mask=mask,
+        call=call,
+    )  # fmt: skip
+    return ranking.rank(wanted, reading.sinks, reading.recents, sink_logits, how)

@@ -29,7 +29,15 @@ def append(request: AppendRequest, pages: Tensor | None = None) -> bool:
     same_dtype(key, keys, values)
     form = _lead(request)
     _check_room(request, form, pages)
-    batch, kv_heads, _, dim = key.shape
+    with device.on(keys):
+        _write(request, form, pages)
+    return True
+
+
+def _write(request: AppendRequest, form: LeadForm | None, pages: Tensor | None) -> None:
+    """Launch the kernel."""
+    key, value, keys, values = request.key, request.value, request.keys, request.values
+    batch, kv_heads, tokens, dim = key.shape
     lead = None if form is None else form.plane
     scales, positions, start = request.lead_scales, request.positions, request.start
     lines, per = (0, 1) if form is None else (form.lines, _PER_LINE[form.kind])
@@ -44,7 +52,8 @@ def append(request: AppendRequest, pages: Tensor | None = None) -> bool:
         keys if request.key_map is None else request.key_map,
         start if isinstance(start, Tensor) else keys, _stride_of(start),
         tokens, 0 if isinstance(start, Tensor) else start, request.first_position,
-        keys if pages is None else pages, 0 if pages is None else pages.stride(0),
+        _room(request, form, pages), keys if pages is None else pages,
+        0 if pages is None else pages.stride(0),
         KV_HEADS=kv_heads, DIM=dim, DP=power_of_two(max(dim, 16)), VALUE_DIM=value.shape[3],
         VP=power_of_two(max(value.shape[3], 16)), KIND="none" if form is None else form.kind,
         LINES=lines, LP=power_of_two(max(lines, 16 // per)), PER=per,
@@ -53,7 +62,6 @@ def append(request: AppendRequest, pages: Tensor | None = None) -> bool:
         POSITIONED=positions is not None, PRECISION=device.mapping_precision(),
         num_warps=cut.warps,
     )  # fmt: skip
-    return True
 
 
 def _lead(request: AppendRequest) -> LeadForm | None:
@@ -83,11 +91,17 @@ def _check_room(request: AppendRequest, form: LeadForm | None, pages: Tensor | N
         raise Unserved(f"scales are contiguous float16, got {scales.dtype}")
     if pages is not None and (not isinstance(start, Tensor) or keys.shape[2] % TILE_ROWS):
         raise Unserved(f"pages of {keys.shape[2]} rows are appended to at device positions only")
-    room = keys.shape[2]
-    if form is not None:
-        room = min(room, form.plane.shape[2] * TILE_ROWS)
+    room = _room(request, form, pages)
     if not isinstance(start, Tensor) and (start < 0 or start + tokens > room):
         raise Unserved(f"rows {start} to {start + tokens} have no room among {room}")
+
+
+def _room(request: AppendRequest, form: LeadForm | None, pages: Tensor | None) -> int:
+    """Rows that one batch row may hold."""
+    if pages is not None:
+        return pages.shape[1] * request.keys.shape[2]
+    room = request.keys.shape[2]
+    return room if form is None else min(room, form.plane.shape[2] * TILE_ROWS)
 
 
 def _stride_of(start: int | Tensor) -> int:

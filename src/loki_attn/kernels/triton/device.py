@@ -1,10 +1,12 @@
 """The device that Triton runs on here: a GPU, or the interpreter on the CPU."""
 
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
-from typing import Final
+from typing import Any, Final
 
 import torch
 import triton
+from torch import Tensor
 from triton import knobs
 
 # Programs per multiprocessor that hide each other's waiting, all of them small.
@@ -20,7 +22,11 @@ def interpreted() -> bool:
 
 def why_not() -> str | None:
     """Why no kernel can run here, None if they can."""
-    if interpreted() or torch.cuda.is_available():
+    if interpreted():
+        return None
+    if torch.version.hip:
+        return "its kernels use an instruction of NVIDIA GPUs, and this torch is made for AMD's"
+    if torch.cuda.is_available():
         return None
     return (
         f"triton {triton.__version__} found no GPU; its kernels run on CUDA devices, and for tests "
@@ -31,6 +37,13 @@ def why_not() -> str | None:
 def device_types() -> tuple[str, ...]:
     """Types of the devices whose tensors are served."""
     return ("cpu",) if interpreted() else ("cuda",)
+
+
+def on(tensor: Tensor) -> AbstractContextManager[Any]:
+    """Make the device of a tensor the current one inside the block: kernels start there."""
+    if tensor.device.type != "cuda" or tensor.device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(tensor.device)
 
 
 @cache

@@ -39,11 +39,11 @@ def _pack_lead(lead, live, scale_to, KIND: tl.constexpr, PER: tl.constexpr, LP: 
     return tl.sum(pieces.reshape(BLOCK, LP, PER) << shift[None, None, :], 2)
 
 
-@triton.jit(do_not_specialize=["tokens", "start", "first_position"])
+@triton.jit(do_not_specialize=["tokens", "start", "first_position", "room"])
 def append_rows(
     keys, keys_b, keys_h, keys_t, values, values_b, values_h, values_t, plane, plane_b, plane_h,
     scales, scales_b, scales_h, positions, positions_b, positions_h, key, key_b, key_h, key_t,
-    value, value_b, value_h, value_t, key_map, held, held_b, tokens, start, first_position,
+    value, value_b, value_h, value_t, key_map, held, held_b, tokens, start, first_position, room,
     table, table_b,
     KV_HEADS: tl.constexpr, DIM: tl.constexpr, DP: tl.constexpr, VALUE_DIM: tl.constexpr,
     VP: tl.constexpr, KIND: tl.constexpr, LINES: tl.constexpr, LP: tl.constexpr,
@@ -53,16 +53,17 @@ def append_rows(
     """Write rows behind those held: keys, values, positions, and the lead with its scales.
 
     Grid: blocks of tokens, batch * kv_heads. With HELD, how many rows are held is read from the
-    device, int64 [batch or 1].
+    device, int64 [batch or 1]; nobody on the host knows then whether there is room, so what has
+    none is not written.
     """
     row = tl.program_id(1).to(tl.int64)
     b = row // KV_HEADS
     h = row % KV_HEADS
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    live = i < tokens
     if HELD:
         start = tl.load(held + b * held_b).to(tl.int32)
     t = start + i
+    live = (i < tokens) & (t < room)
     dims = tl.arange(0, DP)
     columns = tl.arange(0, VP)
     here = live[:, None] & (dims < DIM)[None, :]

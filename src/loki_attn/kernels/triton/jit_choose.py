@@ -8,29 +8,43 @@ among those few.
 import triton
 import triton.language as tl
 
-from loki_attn.kernels.triton.jit_rows import BINS, FORCED, HIDDEN, bins_of, sort_keys, visible_rows
+from loki_attn.kernels.triton.jit_rows import (
+    BINS,
+    FORCED,
+    HIDDEN,
+    bins_of,
+    rows_held,
+    sort_keys,
+    visible_rows,
+)
 
 _CHUNK = tl.constexpr(8)
 
 
 @triton.jit(do_not_specialize=["capacity", "sinks", "recents"])
-def find_edges(edges, mask, mask_b, capacity, sinks, recents, BLOCK: tl.constexpr):
+def find_edges(
+    edges, mask, mask_b, lengths, counts, counts_b, capacity, sinks, recents,
+    BLOCK: tl.constexpr, RAGGED: tl.constexpr, COUNTED: tl.constexpr,
+):  # fmt: skip
     """Where the first `sinks` visible rows end and the last `recents` begin: int32 [batch, 2].
 
-    Grid: batch.
+    Grid: batch. COUNTED: as many recents as `counts`, int64 [batch or 1], leaves beside the sinks.
     """
     b = tl.program_id(0).to(tl.int64)
+    if COUNTED:
+        recents = tl.load(counts + b * counts_b).to(tl.int32) - sinks
+    held = rows_held(b, lengths, capacity, RAGGED)
     total = 0
-    for start in range(0, capacity, BLOCK):
+    for start in range(0, held, BLOCK):
         t = start + tl.arange(0, BLOCK)
-        live = visible_rows(t, b, capacity, mask, mask_b, True)
+        live = visible_rows(t, b, held, mask, mask_b, True)
         total += tl.sum(live.to(tl.int32))
     seen = 0
     sink_end = 0
     recent_start = capacity
-    for start in range(0, capacity, BLOCK):
+    for start in range(0, held, BLOCK):
         t = start + tl.arange(0, BLOCK)
-        live = visible_rows(t, b, capacity, mask, mask_b, True)
+        live = visible_rows(t, b, held, mask, mask_b, True)
         rank = seen + tl.cumsum(live.to(tl.int32), 0)
         sink_end = tl.maximum(sink_end, tl.max(tl.where(live & (rank <= sinks), t + 1, 0)))
         late = live & (rank > total - recents)
@@ -38,6 +52,40 @@ def find_edges(edges, mask, mask_b, capacity, sinks, recents, BLOCK: tl.constexp
         seen += tl.sum(live.to(tl.int32))
     tl.store(edges + 2 * b, sink_end)
     tl.store(edges + 2 * b + 1, recent_start)
+
+
+@triton.jit(do_not_specialize=["capacity", "split_rows", "sinks", "wanted"])
+def mark_recent(
+    keys, bins, edges, counts, counts_b, lengths, mask, mask_b, capacity, split_rows, sinks,
+    wanted, CHOOSERS: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr,
+    RAGGED: tl.constexpr, COUNTED: tl.constexpr,
+):  # fmt: skip
+    """Sort keys for reading by recency: sinks and the last rows, as many as are wanted in all.
+
+    Grid: splits, batch * choosers. With a mask `edges` come from `find_edges`.
+    """
+    split = tl.program_id(0)
+    row = tl.program_id(1).to(tl.int64)
+    b = row // CHOOSERS
+    held = rows_held(b, lengths, capacity, RAGGED)
+    if MASKED:
+        sink_end = tl.load(edges + 2 * b)
+        recent_start = tl.load(edges + 2 * b + 1)
+    else:
+        if COUNTED:
+            wanted = tl.load(counts + b * counts_b).to(tl.int32)
+        sink_end = sinks
+        recent_start = held - tl.maximum(wanted - sinks, 0)
+    counted = 0
+    for start in range(split * split_rows, tl.minimum((split + 1) * split_rows, held), BLOCK):
+        t = start + tl.arange(0, BLOCK)
+        live = visible_rows(t, b, held, mask, mask_b, MASKED)
+        read = live & ((t < sink_end) | (t >= recent_start))
+        tl.store(keys + row * capacity + t, tl.where(read, FORCED, HIDDEN), mask=t < held)
+        counted += tl.sum(read.to(tl.int32), 0)
+    which = tl.arange(0, BINS)
+    place = bins + (row * tl.num_programs(0) + split) * BINS
+    tl.store(place + which, tl.where(which == BINS - 1, counted, 0))
 
 
 @triton.jit(do_not_specialize=["capacity", "split_rows"])
@@ -98,9 +146,7 @@ def compact(
         total += tl.sum(part, 0)
         before += tl.sum(tl.where((of < split)[:, None], part, 0), 0)
     lowest = _lowest_bin(total, wanted)
-    held = capacity
-    if RAGGED:
-        held = tl.minimum(tl.load(lengths + row // CHOOSERS).to(tl.int32), capacity)
+    held = rows_held(row // CHOOSERS, lengths, capacity, RAGGED)
     at = tl.sum(tl.where(which >= lowest, before, 0), 0)
     if split == 0:
         tl.store(listed + row, tl.sum(tl.where(which >= lowest, total, 0), 0))

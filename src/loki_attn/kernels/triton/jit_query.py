@@ -60,6 +60,11 @@ def map_query(
     if KIND == "int8" or KIND == "int4":
         scale = tl.div_rn(tl.max(tl.abs(lead), 1), tl.full([HP], 127.0, tl.float32))
         scale = tl.where(scale < _SMALLEST_NORMAL, 1.0, scale)
+        # A head with NaN or infinity has no codes: its scores become NaN, and no others.
+        spoilt = tl.max((lead - lead != 0.0).to(tl.int32), 1) > 0
+        lead = tl.where(spoilt[:, None], 0.0, lead)
+        scale = tl.where(spoilt, 1.0, scale)
+        factor = tl.where(spoilt, float("nan"), scale * scaling)
         wide = tl.broadcast_to(scale[:, None], [HP, RP])
         codes = round_half_even(tl.div_rn(lead, wide)).to(tl.int32)
         spread = (codes & 255).reshape(HP, RP // 4, 4) << (8 * tl.arange(0, 4))[None, None, :]
@@ -68,7 +73,7 @@ def map_query(
         first = out + row.to(tl.int64) * WORDS * GP
         there = held[:, None] & (words < WORDS)[None, :]
         tl.store(first + words[None, :] * GP + heads[:, None], packed, mask=there)
-        tl.store(first_factor + heads, scale * scaling, mask=held)
+        tl.store(first_factor + heads, factor, mask=held)
         tl.store(first_factor + GP + heads, tl.sum(codes, 1).to(tl.float32) * 8.0, mask=held)
     else:
         if KIND == "bf16":

@@ -2,6 +2,7 @@
 
 import triton
 import triton.language as tl
+from triton import knobs
 
 # The keys that scores are sorted by: int32, in the order of the floats they stand for.
 HIDDEN = tl.constexpr(-2147483648)
@@ -11,6 +12,8 @@ BINS = tl.constexpr(512)
 _BIN_SHIFT = tl.constexpr(19)
 _TOP_WEIGHT = tl.constexpr(0x41000000)
 _LARGEST = tl.constexpr(3.4028234663852886e38)
+# The interpreter's cast to bfloat16 drops bits instead of rounding them.
+_CUTS_OFF = tl.constexpr(knobs.runtime.interpret)
 # Adding and taking away 1.5 * 2**23 rounds half to even, as torch.round does.
 _ROUNDER = tl.constexpr(12582912.0)
 
@@ -70,15 +73,17 @@ def soft_cap(x, cap):
 
 @triton.jit
 def narrowed(x, DTYPE: tl.constexpr):
-    """float32 rounded to a dtype, half to even, which the interpreter must be told."""
-    if tl.float32 == DTYPE:
-        return x
-    return x.to(DTYPE, fp_downcast_rounding="rtne")
+    """Round float32 to a dtype, half to even; to bfloat16 by hand where the cast cuts off."""
+    if DTYPE == tl.bfloat16 and _CUTS_OFF:
+        bits = x.to(tl.int32, bitcast=True)
+        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
+        x = tl.where(x == x, rounded, x)
+    return x.to(DTYPE)
 
 
 @triton.jit
 def product(a, b, PRECISION: tl.constexpr, WIDE: tl.constexpr):
-    """A @ b in float32; WIDE for the interpreter, which knows no bfloat16 products."""
+    """The product of two blocks in float32; WIDE where bfloat16 products are not known."""
     if WIDE:
         return tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision=PRECISION)
     return tl.dot(a, b, input_precision=PRECISION)

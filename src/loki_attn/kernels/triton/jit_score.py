@@ -210,14 +210,15 @@ def rank_rows(
     KIND: tl.constexpr, LINES: tl.constexpr, RANK: tl.constexpr, RP: tl.constexpr,
     BLOCK: tl.constexpr, PAGE: tl.constexpr, MASKED: tl.constexpr, RAGGED: tl.constexpr,
     PRECISION: tl.constexpr, ASM: tl.constexpr, CAPPED: tl.constexpr, WEIGHTS: tl.constexpr,
-    SP: tl.constexpr, SINKS: tl.constexpr,
+    LARGEST: tl.constexpr, SP: tl.constexpr, SINKS: tl.constexpr,
 ):  # fmt: skip
     """Write every row's sort key, int32 [rows, capacity], and a split's counts of bins.
 
-    Grid: splits, batch * choosers. With WEIGHTS a row's score is the sum of its soft-max weights
-    over the heads, by the sums of `sum_weights`, else the largest logit. `edges` int32 [batch, 2]
-    says, with a mask, where sinks end and recents begin. `bins` is int32 [rows, splits, 512].
-    Programs go from the last rows to the first: what `sum_weights` read last is still in the cache.
+    Grid: splits, batch * choosers. A row's score is the sum over the heads, or the largest, of its
+    logits or, with WEIGHTS, of its soft-max weights by the sums of `sum_weights`. `edges` int32
+    [batch, 2] says, with a mask, where sinks end and recents begin. `bins` is int32 [rows, splits,
+    512]. Programs go from the last rows to the first: what `sum_weights` read last is still in the
+    cache.
     """
     split = tl.num_programs(0) - 1 - tl.program_id(0)
     row = (tl.num_programs(1) - 1 - tl.program_id(1)).to(tl.int64)
@@ -245,9 +246,11 @@ def rank_rows(
         )  # fmt: skip
         real = (heads < HEADS)[None, :]
         if WEIGHTS:
-            score = tl.sum(tl.where(real, tl.exp(logits - known[None, :]), 0.0), 1)
-        else:
+            logits = tl.exp(logits - known[None, :])
+        if LARGEST:
             score = tl.max(tl.where(real, logits, float("-inf")), 1)
+        else:
+            score = tl.sum(tl.where(real, logits, 0.0), 1)
         key = tl.where((t < sink_end) | (t >= recent_start), FORCED, sort_keys(score))
         key = tl.where(live, key, HIDDEN)
         tl.store(keys + row * capacity + t, key, mask=t < held)

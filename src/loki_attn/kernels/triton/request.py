@@ -87,6 +87,21 @@ def served(*tensors: Tensor | None) -> None:
             raise Unserved("the elements of a row do not lie side by side")
 
 
+def mask_of(mask: Tensor | None, batch: int, held: Held) -> Tensor | None:
+    """The mask as kernels read it, row by row.
+
+    Raises:
+        Unserved: If it is not bool [batch or 1, capacity].
+    """
+    if mask is None:
+        return None
+    if mask.dtype != torch.bool or mask.shape not in ((1, held.capacity), (batch, held.capacity)):
+        raise Unserved(
+            f"a mask is bool [{batch} or 1, {held.capacity}], not {mask.dtype} {list(mask.shape)}"
+        )
+    return mask if mask.stride(1) == 1 else mask.contiguous()
+
+
 def same_dtype(query: Tensor, keys: Tensor, values: Tensor) -> None:
     """Refuse queries and rows of different dtypes.
 

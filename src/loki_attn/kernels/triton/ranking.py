@@ -1,4 +1,4 @@
-"""From tensors to launches: what each stage of a step writes, and the kernels that write it."""
+"""Ranking: the query mapped, the lead read, and a sort key for every row."""
 
 from dataclasses import dataclass
 from typing import final
@@ -7,13 +7,12 @@ import torch
 from torch import Tensor
 
 from loki_attn.kernels.triton import device, tuning
-from loki_attn.kernels.triton.jit_attend import attend_rows, merge
-from loki_attn.kernels.triton.jit_choose import compact, find_edges, order_scores, refine
+from loki_attn.kernels.triton.choosing import Ranked, edges_of, mask_stride
 from loki_attn.kernels.triton.jit_query import map_query
 from loki_attn.kernels.triton.jit_rows import BINS
 from loki_attn.kernels.triton.jit_score import rank_rows, score_rows, sum_weights
 from loki_attn.kernels.triton.request import Choosers, Held, LeadForm, power_of_two
-from loki_attn.types import AttentionCall, Selection
+from loki_attn.types import AttentionCall, GroupReduce
 
 
 @final
@@ -30,24 +29,6 @@ class Asked:
     words: Tensor
     factors: Tensor
     heads: int
-
-
-@final
-@dataclass(frozen=True)
-class Ranked:
-    """Rows with the keys that they are sorted by, and where the best of them lie.
-
-    Attributes:
-        keys: int32 [rows, capacity].
-        bins: int32 [rows, splits, 512].
-        kind: What the bins divide.
-        split_rows: Rows of a split.
-    """
-
-    keys: Tensor
-    bins: Tensor
-    kind: str
-    split_rows: int
 
 
 def map_queries(
@@ -152,13 +133,8 @@ class Ranking:
         }  # fmt: skip
 
 
-def mask_stride(mask: Tensor | None) -> int:
-    """From one batch row of a mask to the next; 0 where all share one."""
-    return 0 if mask is None or mask.shape[0] == 1 else mask.stride(0)
-
-
 def rank(
-    ranking: Ranking, sinks: int, recents: int, sink_logits: Tensor | None, *, weights: bool
+    ranking: Ranking, sinks: int, recents: int, sink_logits: Tensor | None, how: GroupReduce
 ) -> Ranked:
     """Give every row a sort key.
 
@@ -167,21 +143,18 @@ def rank(
         sinks: First visible rows that come before all others.
         recents: Last visible rows that do.
         sink_logits: float32 [heads], in the denominator of the weights; or None.
-        weights: Whether a row's score is the sum of the heads' soft-max weights, rather than the
-            largest of their logits.
+        how: What a row's score is made of.
     """
+    # One head has nothing to agree on: its logits rank as its weights would.
+    weights = how.startswith("softmax") and ranking.who.heads > 1
     held, rows, mask = ranking.held, ranking.rows, ranking.mask
+    lengths = held.lengths
     cut, splits, split_rows = ranking.cut()
     like, capacity = ranking.asked.factors, held.capacity
     constants = ranking.constants(cut) | {
-        "PAGE": held.page_rows, "MASKED": mask is not None, "RAGGED": held.lengths is not None,
+        "PAGE": held.page_rows, "MASKED": mask is not None, "RAGGED": lengths is not None,
     }  # fmt: skip
-    edges = like.new_empty((ranking.batch, 2), dtype=torch.int32)
-    if mask is not None:
-        find_edges[(ranking.batch,)](
-            edges, mask, mask_stride(mask), capacity, sinks, recents,
-            BLOCK=tuning.EDGES.block, num_warps=tuning.EDGES.warps,
-        )  # fmt: skip
+    edges = edges_of(held, mask, ranking.batch, sinks, recents) if mask is not None else like
     softcap = ranking.call.softcap or 1.0
     stats = like.new_empty((rows, splits, 2, ranking.asked.heads))
     if weights:
@@ -193,7 +166,8 @@ def rank(
     rank_rows[(splits, rows)](
         keys, bins, stats, edges, *ranking.tensors(), *ranking.places(),
         like if sink_logits is None else sink_logits, capacity, split_rows, sinks, recents, softcap,
-        WEIGHTS=weights, SP=tuning.MOST_SPLITS, SINKS=sink_logits is not None, **constants,
+        WEIGHTS=weights, LARGEST=not how.endswith("sum"), SP=tuning.MOST_SPLITS,
+        SINKS=sink_logits is not None, **constants,
     )  # fmt: skip
     return Ranked(keys, bins, "weights" if weights else "logits", split_rows)
 
@@ -209,113 +183,3 @@ def score(ranking: Ranking) -> Tensor:
         **ranking.constants(cut),
     )  # fmt: skip
     return out
-
-
-def order(scores: Tensor, visible: Tensor, forced: Tensor) -> Ranked:
-    """Give every row a sort key by scores that are there already.
-
-    Args:
-        scores: float [batch, choosers, 1, rows].
-        visible: bool, expanded to the same shape.
-        forced: bool, expanded to the same shape.
-    """
-    batch, choosers, _, capacity = scores.shape
-    rows, cut = batch * choosers, tuning.CHOOSE
-    busy = device.programs_wanted(scores.device)
-    splits, split_rows = tuning.splits_of(capacity, rows, cut.block, busy)
-    keys = scores.new_empty((rows, capacity), dtype=torch.int32)
-    bins = scores.new_empty((rows, splits, BINS.value), dtype=torch.int32)
-    order_scores[(splits, rows)](
-        keys, bins, scores, *scores.stride()[:2], visible, *visible.stride()[:2],
-        forced, *forced.stride()[:2], capacity, split_rows,
-        CHOOSERS=choosers, BLOCK=cut.block, num_warps=cut.warps,
-    )  # fmt: skip
-    return Ranked(keys, bins, "exponent", split_rows)
-
-
-def choose(
-    ranked: Ranked, batch: int, counts: int | Tensor, most: int, lengths: Tensor | None = None
-) -> Selection:
-    """Take the best rows of each chooser.
-
-    Args:
-        ranked: The rows with their keys.
-        batch: Batch rows.
-        counts: How many: a number, or int64 [batch or 1, ...] on the device.
-        most: A bound on them.
-        lengths: int32 [batch], rows of each batch row; None where all count.
-    """
-    keys, bins = ranked.keys, ranked.bins
-    rows, capacity = keys.shape
-    choosers = rows // batch
-    listed = keys.new_empty(rows)
-    list_rows, list_keys = torch.empty_like(keys), torch.empty_like(keys)
-    counted = isinstance(counts, Tensor)
-    given = counts if isinstance(counts, Tensor) else keys
-    stride = given.stride(0) if counted and given.shape[0] > 1 else 0
-    wanted = 0 if isinstance(counts, Tensor) else counts
-    compact[(bins.shape[1], rows)](
-        list_rows, list_keys, listed, keys, bins, given, stride, wanted,
-        keys if lengths is None else lengths, capacity, ranked.split_rows,
-        CHOOSERS=choosers, KIND=ranked.kind, BLOCK=tuning.CHOOSE.block, COUNTED=counted,
-        RAGGED=lengths is not None, num_warps=tuning.CHOOSE.warps,
-    )  # fmt: skip
-    indices = keys.new_empty((batch, choosers, most), dtype=torch.int64)
-    found = keys.new_empty((batch, choosers), dtype=torch.int64)
-    refine[(rows,)](
-        indices, found, list_rows, list_keys, listed, given, stride, wanted, capacity, most,
-        CHOOSERS=choosers, BLOCK=tuning.REFINE.block, COUNTED=counted,
-        num_warps=tuning.REFINE.warps,
-    )  # fmt: skip
-    return Selection(indices, found)
-
-
-def attend(
-    query: Tensor, held: Held, selection: Selection, who: Choosers, call: AttentionCall,
-    sink_logits: Tensor | None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Attend to the rows that were chosen.
-
-    Args:
-        query: [batch, heads, 1, head_dim], in the space of the stored keys.
-        held: The rows.
-        selection: One index row per chooser.
-        who: Who chose.
-        call: Scaling and soft-cap.
-        sink_logits: float32 [heads], or None.
-
-    Returns:
-        [batch, heads, 1, value_dim] in the query's dtype, float32 log-sum-exp [batch, heads, 1].
-    """
-    batch, heads, _, dim = query.shape
-    keys, values, table = held.keys, held.values, held.pages
-    value_dim, rows = values.shape[3], batch * who.count
-    indices, found = selection.indices, selection.counts
-    cut = tuning.attend_cut(max(dim, value_dim))
-    busy = device.programs_wanted(query.device) // 2
-    splits, split_rows = tuning.splits_of(indices.shape[2], rows, cut.block, busy)
-    out = query.new_empty((batch, heads, 1, value_dim))
-    log_sums = query.new_empty((batch, heads, 1), dtype=torch.float32)
-    parts, sums = out, log_sums
-    if splits > 1:
-        parts = query.new_empty((batch * heads, splits, value_dim), dtype=torch.float32)
-        sums = query.new_empty((batch * heads, splits), dtype=torch.float32)
-    sink = log_sums if sink_logits is None else sink_logits
-    padded = power_of_two(max(value_dim, 16))
-    attend_rows[(splits, rows)](
-        parts, sums, query, query.stride(0), query.stride(1), keys, *keys.stride()[:3],
-        values, *values.stride()[:3], keys if table is None else table,
-        0 if table is None else table.stride(0), indices, found, sink, indices.shape[2],
-        split_rows, call.scaling, call.softcap or 1.0,
-        CHOOSERS=who.count, SHARE=who.share, HEADS=who.heads,
-        HP=max(power_of_two(who.heads), 16), DIM=dim, DP=power_of_two(max(dim, 16)),
-        VALUE_DIM=value_dim, VP=padded, BLOCK=cut.block, PAGE=held.page_rows,
-        PRECISION="ieee", CAPPED=call.softcap is not None, SINKS=sink_logits is not None,
-        WHOLE=splits == 1, WIDE=device.interpreted(), num_warps=cut.warps, num_stages=cut.stages,
-    )  # fmt: skip
-    if splits > 1:
-        merge[(batch * heads,)](
-            out, log_sums, parts, sums, sink, splits, HEADS=heads, SP=tuning.MOST_SPLITS,
-            VALUE_DIM=value_dim, VP=padded, SINKS=sink_logits is not None, num_warps=4,
-        )  # fmt: skip
-    return out, log_sums

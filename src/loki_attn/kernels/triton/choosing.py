@@ -1,0 +1,156 @@
+"""Choosing: from sort keys to the rows that are read."""
+
+from dataclasses import dataclass
+from typing import final
+
+import torch
+from torch import Tensor
+
+from loki_attn.kernels.triton import device, tuning
+from loki_attn.kernels.triton.jit_choose import (
+    compact,
+    find_edges,
+    mark_recent,
+    order_scores,
+    refine,
+)
+from loki_attn.kernels.triton.jit_rows import BINS
+from loki_attn.kernels.triton.request import Held
+from loki_attn.types import Selection
+
+
+@final
+@dataclass(frozen=True)
+class Ranked:
+    """Rows with the keys that they are sorted by, and where the best of them lie.
+
+    Attributes:
+        keys: int32 [rows, capacity].
+        bins: int32 [rows, splits, 512].
+        kind: What the bins divide.
+        split_rows: Rows of a split.
+    """
+
+    keys: Tensor
+    bins: Tensor
+    kind: str
+    split_rows: int
+
+
+def order(scores: Tensor, visible: Tensor, forced: Tensor) -> Ranked:
+    """Give every row a sort key by scores that are there already.
+
+    Args:
+        scores: float [batch, choosers, 1, rows].
+        visible: bool, expanded to the same shape.
+        forced: bool, expanded to the same shape.
+    """
+    batch, choosers, _, capacity = scores.shape
+    rows, cut = batch * choosers, tuning.CHOOSE
+    busy = device.programs_wanted(scores.device)
+    splits, split_rows = tuning.splits_of(capacity, rows, cut.block, busy)
+    keys = scores.new_empty((rows, capacity), dtype=torch.int32)
+    bins = scores.new_empty((rows, splits, BINS.value), dtype=torch.int32)
+    order_scores[(splits, rows)](
+        keys, bins, scores, *scores.stride()[:2], visible, *visible.stride()[:2],
+        forced, *forced.stride()[:2], capacity, split_rows,
+        CHOOSERS=choosers, BLOCK=cut.block, num_warps=cut.warps,
+    )  # fmt: skip
+    return Ranked(keys, bins, "exponent", split_rows)
+
+
+def rank_by_recency(
+    held: Held, mask: Tensor | None, batch: int, choosers: int, counts: int | Tensor, sinks: int
+) -> Ranked:
+    """Mark sinks and the last rows, `counts` in all; nothing is read but the mask.
+
+    Args:
+        held: The rows.
+        mask: bool [batch or 1, capacity], None where all rows are visible.
+        batch: Batch rows.
+        choosers: Choosers of a batch row, who all read the same.
+        counts: How many rows: a number, or int64 [batch or 1] on the device.
+        sinks: First visible rows among them.
+    """
+    rows, capacity, lengths = batch * choosers, held.capacity, held.lengths
+    cut, like = tuning.CHOOSE, held.keys
+    busy = device.programs_wanted(like.device)
+    splits, split_rows = tuning.splits_of(capacity, rows, cut.block, busy)
+    counted = isinstance(counts, Tensor)
+    given, wanted = (counts, 0) if isinstance(counts, Tensor) else (like, counts)
+    edges = like
+    if mask is not None:
+        recents = counts if isinstance(counts, Tensor) else max(counts - sinks, 0)
+        edges = edges_of(held, mask, batch, sinks, recents)
+    keys = like.new_empty((rows, capacity), dtype=torch.int32)
+    bins = like.new_empty((rows, splits, BINS.value), dtype=torch.int32)
+    mark_recent[(splits, rows)](
+        keys, bins, edges, given, count_stride(counts), like if lengths is None else lengths,
+        like if mask is None else mask, mask_stride(mask), capacity, split_rows, sinks, wanted,
+        CHOOSERS=choosers, BLOCK=cut.block, MASKED=mask is not None, RAGGED=lengths is not None,
+        COUNTED=counted, num_warps=cut.warps,
+    )  # fmt: skip
+    return Ranked(keys, bins, "exponent", split_rows)
+
+
+def choose(
+    ranked: Ranked, batch: int, counts: int | Tensor, most: int, lengths: Tensor | None = None
+) -> Selection:
+    """Take the best rows of each chooser.
+
+    Args:
+        ranked: The rows with their keys.
+        batch: Batch rows.
+        counts: How many: a number, or int64 [batch or 1, ...] on the device.
+        most: A bound on them.
+        lengths: int32 [batch], rows of each batch row; None where all count.
+    """
+    keys, bins = ranked.keys, ranked.bins
+    rows, capacity = keys.shape
+    choosers = rows // batch
+    listed = keys.new_empty(rows)
+    list_rows, list_keys = torch.empty_like(keys), torch.empty_like(keys)
+    counted = isinstance(counts, Tensor)
+    given = counts if isinstance(counts, Tensor) else keys
+    stride = count_stride(counts)
+    wanted = 0 if isinstance(counts, Tensor) else counts
+    compact[(bins.shape[1], rows)](
+        list_rows, list_keys, listed, keys, bins, given, stride, wanted,
+        keys if lengths is None else lengths, capacity, ranked.split_rows,
+        CHOOSERS=choosers, KIND=ranked.kind, BLOCK=tuning.CHOOSE.block, COUNTED=counted,
+        RAGGED=lengths is not None, num_warps=tuning.CHOOSE.warps,
+    )  # fmt: skip
+    indices = keys.new_empty((batch, choosers, most), dtype=torch.int64)
+    found = keys.new_empty((batch, choosers), dtype=torch.int64)
+    refine[(rows,)](
+        indices, found, list_rows, list_keys, listed, given, stride, wanted, capacity, most,
+        CHOOSERS=choosers, BLOCK=tuning.REFINE.block, COUNTED=counted,
+        num_warps=tuning.REFINE.warps,
+    )  # fmt: skip
+    return Selection(indices, found)
+
+
+def edges_of(held: Held, mask: Tensor, batch: int, sinks: int, recents: int | Tensor) -> Tensor:
+    """Where sinks end and recents begin among the visible rows: int32 [batch, 2].
+
+    `recents` is a number, or int64 [batch or 1]: rows to read in all, the sinks included.
+    """
+    edges = mask.new_empty((batch, 2), dtype=torch.int32)
+    lengths, counted = held.lengths, isinstance(recents, Tensor)
+    find_edges[(batch,)](
+        edges, mask, mask_stride(mask), edges if lengths is None else lengths,
+        recents if counted else edges, count_stride(recents), held.capacity, sinks,
+        0 if counted else recents, BLOCK=tuning.EDGES.block, RAGGED=lengths is not None,
+        COUNTED=counted, num_warps=tuning.EDGES.warps,
+    )  # fmt: skip
+    return edges
+
+
+def mask_stride(mask: Tensor | None) -> int:
+    """From one batch row of a mask to the next; 0 where all share one."""
+    return 0 if mask is None or mask.shape[0] == 1 else mask.stride(0)
+
+
+def count_stride(counts: int | Tensor) -> int:
+    """From one batch row's count to the next; 0 where all share one."""
+    return counts.stride(0) if isinstance(counts, Tensor) and counts.shape[0] > 1 else 0
