@@ -76,3 +76,17 @@ def quick_interpreter():
     InterpretedFunction.__call__ = call
     yield
     InterpretedFunction.__call__ = prepare
+
+
+@pytest.fixture
+def interpreted(request):
+    """Triton's kernels on CPU tensors; skips where they are compiled for a GPU, or missing."""
+    from loki_attn.kernels import backends
+
+    found = backends.probe("triton")
+    if isinstance(found, backends.Rejected):
+        pytest.skip(f"triton does not run: {found.reason}")
+    if not found.module.interpreted():
+        pytest.skip("triton's kernels are compiled here: TRITON_INTERPRET is off")
+    request.getfixturevalue("quick_interpreter")
+    return found.module

@@ -282,10 +282,9 @@ def _step(  # noqa: PLR0913 - an op takes tensors and numbers, not objects
     call = AttentionCall(scaling=scaling, softcap=softcap, sink_logits=sink_logits)
     reading = Reading(counts=counts, sinks=sinks, recents=recents, most=most)
     agree = cast("GroupReduce", how)
-    if how in ("softmax_sum", "max", "none"):
-        done = ops().step(query, rows_query, keys, values, lead, reading, agree, call, visible)
-        if done is not None:
-            return done[0]
+    done = ops().step(query, rows_query, keys, values, lead, reading, agree, call, visible)
+    if done is not None:
+        return done[0]
     scores = _scores(query, lead, visible, capacity, agree, keys.shape[1], call)
     forced = ops().protect(visible, sinks, recents)
     selection = ops().choose(scores, counts[:, None, None], visible, forced)

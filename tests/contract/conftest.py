@@ -273,7 +273,7 @@ def backend(request, monkeypatch):
     if isinstance(found, backends.Rejected):
         pytest.skip(f"{request.param} does not run: {found.reason}")
     if request.param == "triton":
-        request.getfixturevalue("quick_interpreter")
+        request.getfixturevalue("interpreted")
     monkeypatch.delenv(backends.ENVIRONMENT_VARIABLE, raising=False)
     monkeypatch.setattr(backends, "_PREFERENCE", {"cpu": (request.param,)})
     served = Counter()

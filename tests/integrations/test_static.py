@@ -283,6 +283,24 @@ def test_compiled_steps_follow_the_policy_and_its_end():
     assert_same(greedy(llama, prompts(2), 16, **compiling()), stock)
 
 
+@pytest.mark.parametrize("select", [PLANES["int8"], METHODS["loki_rotated"]])
+def test_triton_kernels_serve_compiled_steps(select, interpreted, monkeypatch):
+    """What appends and attends here is what does it on a GPU."""
+    torch._dynamo.reset()
+    model = build("Llama", num_hidden_layers=1)
+    with attached(model, select):
+        expected = greedy(model, prompts(2), 6, **STATIC)
+        monkeypatch.setenv("LOKI_ATTN_BACKEND", "triton")
+        ops.cache_clear()
+        counters.clear()
+        got = greedy(model, prompts(2), 6, **compiling())
+    monkeypatch.undo()
+    ops.cache_clear()
+    assert_same(got, expected)
+    assert counters["stats"]["unique_graphs"] == 1
+    assert not counters["graph_break"]
+
+
 @pytest.mark.gpu
 @pytest.mark.filterwarnings("ignore")  # of the compiler's own modules
 @pytest.mark.parametrize("method", METHODS)
