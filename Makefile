@@ -39,8 +39,8 @@ bench: $(READY)
 
 # Needs no .venv, which holds a torch without CUDA: GPU_PYTHON's packages serve.
 gpu:
-	TRITON_INTERPRET=0 PYTHONPATH=src $(GPU_PYTHON) -m pytest tests -k "triton or gpu" \
-		--ignore tests/contract --ignore tests/browser $(ARGS)
+	TRITON_INTERPRET=0 PYTHONPATH=src $(GPU_PYTHON) -m pytest -m gpu \
+		tests/kernels tests/bench tests/integrations/test_static.py $(ARGS)
 	PYTHONPATH=src $(GPU_PYTHON) tools/gpu_report.py --minutes $(MINUTES)
 
 docs: $(READY)

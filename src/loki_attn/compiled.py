@@ -287,8 +287,8 @@ def _step(  # noqa: PLR0913 - an op takes tensors and numbers, not objects
         return done[0]
     scores = _scores(query, lead, visible, capacity, agree, keys.shape[1], call)
     forced = ops().protect(visible, sinks, recents)
-    selection = ops().choose(scores, counts[:, None, None], visible, forced)
-    return ops().attend(rows_query, keys, values, selection, call).output
+    indices = _best(scores[:, :, 0], counts, visible[:, :, 0], forced[:, :, 0], most)
+    return _attend(rows_query, keys, values, indices, call)
 
 
 @_step.register_fake
@@ -341,6 +341,40 @@ def _append(  # noqa: PLR0913 - an op takes tensors and numbers, not objects
     words = to_columns(lead, kind).contiguous().view(torch.int32)
     columns = tiles.data.view(torch.int32).transpose(3, 4)
     columns[:, :, place // TILE_ROWS, place % TILE_ROWS] = words
+
+
+def _best(scores: Tensor, counts: Tensor, visible: Tensor, forced: Tensor, most: int) -> Tensor:
+    """The rows that `ops().choose` would name, by ops that read no number on the host.
+
+    Args:
+        scores: float32 [batch, choosers, capacity]; NaN ranks last among the visible.
+        counts: int64 [batch or 1], at most `most` and the visible rows.
+        visible: bool [batch or 1, 1, capacity].
+        forced: bool alike: rows that come first.
+        most: Width of the result.
+
+    Returns:
+        int64 [batch, choosers, most]: rows, best first, ties in their order; -1 beyond the count.
+    """
+    lowest = torch.finfo(scores.dtype).min
+    place = torch.where(forced, float("inf"), 0.0).masked_fill(~visible, float("-inf"))
+    ranked = torch.nan_to_num(scores, nan=lowest, posinf=-lowest, neginf=lowest) + place
+    order = ranked.sort(dim=-1, descending=True, stable=True).indices[..., :most]
+    slots = torch.arange(order.shape[-1], device=order.device)
+    return order.masked_fill(slots >= counts[:, None, None], -1)
+
+
+def _attend(
+    query: Tensor, keys: Tensor, values: Tensor, indices: Tensor, call: AttentionCall
+) -> Tensor:
+    """Exact attention to the rows at `indices` [batch, choosers, most], -1 for none."""
+    batch, choosers = indices.shape[:2]
+    used, rows = indices >= 0, indices.clamp(min=0)
+    first = torch.arange(batch, device=rows.device)[:, None, None]
+    share = choosers // keys.shape[1]
+    head = torch.arange(choosers, device=rows.device)[None, :, None] // share
+    seen = used[:, :, None].repeat_interleave(query.shape[1] // choosers, 1)
+    return _dense_by_hand(query, keys[first, head, rows], values[first, head, rows], seen, call)
 
 
 def _encode_held(selector: Selector, rows: StaticRows) -> None:

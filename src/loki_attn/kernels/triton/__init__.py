@@ -12,7 +12,8 @@ from torch import Tensor
 from loki_attn.kernels.backends import Unserved
 from loki_attn.kernels.triton import attending, choosing, ranking
 from loki_attn.kernels.triton.appending import append
-from loki_attn.kernels.triton.device import device_types, interpreted, on, why_not
+from loki_attn.kernels.triton.columns import column_sums, hamming
+from loki_attn.kernels.triton.device import device_types, interpreted, on, why_not, within_means
 from loki_attn.kernels.triton.ranking import Ranking
 from loki_attn.kernels.triton.request import (
     Choosers,
@@ -35,11 +36,12 @@ from loki_attn.types import (
 )
 
 __all__ = [
-    "Held", "append", "attend", "choose", "device_types", "interpreted", "score", "step",
-    "step_over", "why_not",
+    "Held", "append", "attend", "choose", "column_sums", "device_types", "hamming", "interpreted",
+    "score", "step", "step_over", "why_not",
 ]  # fmt: skip
 
 
+@within_means
 def score(
     query: Tensor, plane: Tensor | Tiles, scales: Tensor | None, call: AttentionCall
 ) -> Tensor:
@@ -68,6 +70,7 @@ def score(
         )  # fmt: skip
 
 
+@within_means
 def choose(scores: Tensor, counts: Tensor, visible: Tensor, forced: Tensor) -> Selection:
     """The best rows as ascending indices; see `reference.choose`."""
     served(scores)
@@ -84,6 +87,7 @@ def choose(scores: Tensor, counts: Tensor, visible: Tensor, forced: Tensor) -> S
     return Selection(chosen.indices.view(*shape[:2], most), chosen.counts.view(shape[:2]))
 
 
+@within_means
 def attend(
     query: Tensor, keys: Tensor, values: Tensor, selection: Selection, call: AttentionCall
 ) -> AttentionOutput:
@@ -122,6 +126,7 @@ def step(  # noqa: PLR0913 - what its three parts take together
     return step_over(held, query, rows_query, lead, reading, how, call, mask)
 
 
+@within_means
 def step_over(
     held: Held,
     query: Tensor,

@@ -13,6 +13,7 @@ from loki_attn.types import AppendRequest, Lead
 _PER_LINE = {"int8": 4, "int4": 8, "bf16": 2, "fp32": 1}
 
 
+@device.within_means
 def append(request: AppendRequest, pages: Tensor | None = None) -> bool:
     """Write new rows, their positions and their lead in one launch; see `cache.LayerCache.append`.
 
@@ -41,8 +42,9 @@ def _write(request: AppendRequest, form: LeadForm | None, pages: Tensor | None) 
     lead = None if form is None else form.plane
     scales, positions, start = request.lead_scales, request.positions, request.start
     lines, per = (0, 1) if form is None else (form.lines, _PER_LINE[form.kind])
+    padded = power_of_two(max(lines, 16 // per)) * per
     cut = tuning.APPEND
-    append_rows[(-(-tokens // cut.block), batch * kv_heads)](
+    append_rows[(batch * kv_heads, -(-tokens // cut.block))](
         keys, *keys.stride()[:3], values, *values.stride()[:3],
         keys if lead is None else lead, *(0, 0) if form is None else form.strides[:2],
         keys if scales is None else scales, *(0, 0) if scales is None else scales.stride()[:2],
@@ -56,11 +58,11 @@ def _write(request: AppendRequest, form: LeadForm | None, pages: Tensor | None) 
         0 if pages is None else pages.stride(0),
         KV_HEADS=kv_heads, DIM=dim, DP=power_of_two(max(dim, 16)), VALUE_DIM=value.shape[3],
         VP=power_of_two(max(value.shape[3], 16)), KIND="none" if form is None else form.kind,
-        LINES=lines, LP=power_of_two(max(lines, 16 // per)), PER=per,
+        LINES=lines, LP=padded // per, PER=per,
         RANK=0 if form is None else form.rank, BLOCK=cut.block,
         PAGE=0 if pages is None else keys.shape[2], HELD=isinstance(start, Tensor),
         POSITIONED=positions is not None, PRECISION=device.mapping_precision(),
-        num_warps=cut.warps,
+        STEP=tuning.map_block(padded), num_warps=cut.warps, num_stages=2,
     )  # fmt: skip
 
 

@@ -30,7 +30,7 @@ def attend(
     keys, values, table = held.keys, held.values, held.pages
     value_dim, rows = values.shape[3], batch * who.count
     indices, found = selection.indices, selection.counts
-    cut = tuning.attend_cut(max(dim, value_dim))
+    cut = tuning.attend_cut(max(dim, value_dim) * query.itemsize)
     busy = device.programs_wanted(query.device) // 2
     splits, split_rows = tuning.splits_of(indices.shape[2], rows, cut.block, busy)
     out = query.new_empty((batch, heads, 1, value_dim))
@@ -41,7 +41,7 @@ def attend(
         sums = query.new_empty((batch * heads, splits), dtype=torch.float32)
     sink = log_sums if sink_logits is None else sink_logits
     padded = power_of_two(max(value_dim, 16))
-    attend_rows[(splits, rows)](
+    attend_rows[(rows, splits)](
         parts, sums, query, query.stride(0), query.stride(1), keys, *keys.stride()[:3],
         values, *values.stride()[:3], keys if table is None else table,
         0 if table is None else table.stride(0), indices, found, sink, indices.shape[2],

@@ -51,7 +51,7 @@ def order(scores: Tensor, visible: Tensor, forced: Tensor) -> Ranked:
     splits, split_rows = tuning.splits_of(capacity, rows, cut.block, busy)
     keys = scores.new_empty((rows, capacity), dtype=torch.int32)
     bins = scores.new_empty((rows, splits, BINS.value), dtype=torch.int32)
-    order_scores[(splits, rows)](
+    order_scores[(rows, splits)](
         keys, bins, scores, *scores.stride()[:2], visible, *visible.stride()[:2],
         forced, *forced.stride()[:2], capacity, split_rows,
         CHOOSERS=choosers, BLOCK=cut.block, num_warps=cut.warps,
@@ -84,7 +84,7 @@ def rank_by_recency(
         edges = edges_of(held, mask, batch, sinks, recents)
     keys = like.new_empty((rows, capacity), dtype=torch.int32)
     bins = like.new_empty((rows, splits, BINS.value), dtype=torch.int32)
-    mark_recent[(splits, rows)](
+    mark_recent[(rows, splits)](
         keys, bins, edges, given, count_stride(counts), like if lengths is None else lengths,
         like if mask is None else mask, mask_stride(mask), capacity, split_rows, sinks, wanted,
         CHOOSERS=choosers, BLOCK=cut.block, MASKED=mask is not None, RAGGED=lengths is not None,
@@ -114,7 +114,7 @@ def choose(
     given = counts if isinstance(counts, Tensor) else keys
     stride = count_stride(counts)
     wanted = 0 if isinstance(counts, Tensor) else counts
-    compact[(bins.shape[1], rows)](
+    compact[(rows, bins.shape[1])](
         list_rows, list_keys, listed, keys, bins, given, stride, wanted,
         keys if lengths is None else lengths, capacity, ranked.split_rows,
         CHOOSERS=choosers, KIND=ranked.kind, BLOCK=tuning.CHOOSE.block, COUNTED=counted,

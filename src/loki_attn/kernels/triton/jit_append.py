@@ -39,7 +39,20 @@ def _pack_lead(lead, live, scale_to, KIND: tl.constexpr, PER: tl.constexpr, LP: 
     return tl.sum(pieces.reshape(BLOCK, LP, PER) << shift[None, None, :], 2)
 
 
-@triton.jit(do_not_specialize=["tokens", "start", "first_position", "room"])
+@triton.jit(
+    do_not_specialize=[
+        "tokens",
+        "start",
+        "first_position",
+        "room",
+        "scales_b",
+        "scales_h",
+        "positions_b",
+        "positions_h",
+        "held_b",
+        "table_b",
+    ]
+)
 def append_rows(
     keys, keys_b, keys_h, keys_t, values, values_b, values_h, values_t, plane, plane_b, plane_h,
     scales, scales_b, scales_h, positions, positions_b, positions_h, key, key_b, key_h, key_t,
@@ -48,18 +61,18 @@ def append_rows(
     KV_HEADS: tl.constexpr, DIM: tl.constexpr, DP: tl.constexpr, VALUE_DIM: tl.constexpr,
     VP: tl.constexpr, KIND: tl.constexpr, LINES: tl.constexpr, LP: tl.constexpr,
     PER: tl.constexpr, RANK: tl.constexpr, BLOCK: tl.constexpr, PAGE: tl.constexpr,
-    HELD: tl.constexpr, POSITIONED: tl.constexpr, PRECISION: tl.constexpr,
+    HELD: tl.constexpr, POSITIONED: tl.constexpr, PRECISION: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     """Write rows behind those held: keys, values, positions, and the lead with its scales.
 
-    Grid: blocks of tokens, batch * kv_heads. With HELD, how many rows are held is read from the
+    Grid: batch * kv_heads, blocks of tokens. With HELD, how many rows are held is read from the
     device, int64 [batch or 1]; nobody on the host knows then whether there is room, so what has
     none is not written.
     """
-    row = tl.program_id(1).to(tl.int64)
+    row = tl.program_id(0).to(tl.int64)
     b = row // KV_HEADS
     h = row % KV_HEADS
-    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     if HELD:
         start = tl.load(held + b * held_b).to(tl.int32)
     t = start + i
@@ -78,15 +91,22 @@ def append_rows(
     to = row_offsets(t, live, b, h, table, table_b, values_b, values_h, values_t, PAGE)
     tl.store(values + to[:, None] + columns[None, :], tl.load(source, mask=there), mask=there)
     if POSITIONED:
-        place = positions + b * positions_b + h * positions_h + t
-        tl.store(place, first_position + i, mask=live)
+        stored = positions + b * positions_b + h * positions_h + t
+        tl.store(stored, first_position + i, mask=live)
     if KIND != "none":
         RP: tl.constexpr = LP * PER
         ranks = tl.arange(0, RP)
-        kept = (dims < DIM)[:, None] & (ranks < RANK)[None, :]
-        matrix = key_map + h * DIM * RANK + dims[:, None] * RANK + ranks[None, :]
-        matrix = tl.load(matrix, mask=kept, other=0.0)
-        lead = tl.dot(new.to(tl.float32), matrix, input_precision=PRECISION)
+        lead = tl.zeros([BLOCK, RP], tl.float32)
+        first = key + b * key_b + h * key_h + i.to(tl.int64)[:, None] * key_t
+        matrix = key_map + h * DIM * RANK
+        for begin in range(0, DIM, STEP):
+            part = begin + tl.arange(0, STEP)
+            inside = live[:, None] & (part < DIM)[None, :]
+            some = tl.load(first + part[None, :], mask=inside, other=0.0).to(tl.float32)
+            kept = (part < DIM)[:, None] & (ranks < RANK)[None, :]
+            place = matrix + part[:, None] * RANK + ranks[None, :]
+            maps = tl.load(place, mask=kept, other=0.0)
+            lead += tl.dot(some, maps, input_precision=PRECISION)
         scale_to = scales + row_offsets(t, live, b, h, table, table_b, scales_b, scales_h, 1, PAGE)
         words = _pack_lead(lead, live, scale_to, KIND, PER, LP, RANK, RP, BLOCK)
         to = tile_offsets(t, live, b, h, table, table_b, plane_b, plane_h, LINES * 16, PAGE)

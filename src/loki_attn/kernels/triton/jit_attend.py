@@ -17,12 +17,12 @@ def _finish(total, peak, acc, sink_logits, head, heads, HEADS: tl.constexpr, SIN
         acc = acc * tl.exp(peak - higher)[:, None]
         total = total * tl.exp(peak - higher) + tl.exp(sink.to(tl.float32) - higher)
         peak = higher
-    some = total > 0
+    some = total != 0  # NaN is not nothing
     whole = tl.where(some, total, 1.0)
     return acc / whole[:, None], tl.where(some, peak + tl.log(whole), float("-inf"))
 
 
-@triton.jit(do_not_specialize=["most", "split_rows"])
+@triton.jit(do_not_specialize=["most", "split_rows", "table_b"])
 def attend_rows(
     out, sums, query, query_b, query_h, keys, keys_b, keys_h, keys_t, values, values_b, values_h,
     values_t, table, table_b, indices, found, sink_logits, most, split_rows, scaling, softcap,
@@ -33,13 +33,13 @@ def attend_rows(
 ):  # fmt: skip
     """Attend to a split of the list of each chooser.
 
-    Grid: splits, batch * choosers. WHOLE: there is one split, and `out` is the output
+    Grid: batch * choosers, splits. WHOLE: there is one split, and `out` is the output
     [batch, heads, VALUE_DIM] with `sums` its log-sum-exp [batch, heads]; otherwise `out` is float32
     [batch * heads, splits, VALUE_DIM] and `sums` float32 [batch * heads, splits], means of splits
     and their log-sum-exp, for `merge`.
     """
-    split = tl.program_id(0)
-    row = tl.program_id(1).to(tl.int64)
+    split = tl.program_id(1)
+    row = tl.program_id(0).to(tl.int64)
     b = row // CHOOSERS
     chooser = row % CHOOSERS
     kv = chooser // SHARE
@@ -78,11 +78,11 @@ def attend_rows(
         mean, log_sum = _finish(total, peak, acc, sink_logits, chooser * HEADS, heads, HEADS, SINKS)
         first = row * HEADS + heads
     else:
-        some = total > 0
+        some = total != 0  # NaN is not nothing
         whole = tl.where(some, total, 1.0)
         mean = acc / whole[:, None]
         log_sum = tl.where(some, peak + tl.log(whole), _FAR_BELOW)
-        first = (row * HEADS + heads) * tl.num_programs(0) + split
+        first = (row * HEADS + heads) * tl.num_programs(1) + split
     tl.store(sums + first, log_sum, mask=heads < HEADS)
     there = (heads < HEADS)[:, None] & (columns < VALUE_DIM)[None, :]
     to = out + first[:, None] * VALUE_DIM + columns[None, :]
@@ -103,15 +103,15 @@ def merge(
     if SINKS:
         sink = tl.load(sink_logits + row % HEADS).to(tl.float32)
         peak = tl.maximum(peak, sink)
-    weights = tl.where(known > _FAR_BELOW, tl.exp(known - peak), 0.0)
+    weights = tl.where(known != _FAR_BELOW, tl.exp(known - peak), 0.0)
     total = tl.sum(weights, 0)
     place = parts + (row * splits + split)[:, None] * VALUE_DIM + columns[None, :]
     there = (split < splits)[:, None] & (columns < VALUE_DIM)[None, :]
     part = tl.load(place, mask=there, other=0.0)
-    acc = tl.sum(tl.where((weights > 0)[:, None], part * weights[:, None], 0.0), 0)
+    acc = tl.sum(tl.where((weights != 0)[:, None], part * weights[:, None], 0.0), 0)
     if SINKS:
         total += tl.exp(sink - peak)
-    some = total > 0
+    some = total != 0  # NaN is not nothing
     whole = tl.where(some, total, 1.0)
     to = out + row * VALUE_DIM + columns
     tl.store(to, narrowed(acc / whole, out.dtype.element_ty), mask=columns < VALUE_DIM)

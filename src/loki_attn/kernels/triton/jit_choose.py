@@ -21,7 +21,7 @@ from loki_attn.kernels.triton.jit_rows import (
 _CHUNK = tl.constexpr(8)
 
 
-@triton.jit(do_not_specialize=["capacity", "sinks", "recents"])
+@triton.jit(do_not_specialize=["capacity", "sinks", "recents", "mask_b", "counts_b"])
 def find_edges(
     edges, mask, mask_b, lengths, counts, counts_b, capacity, sinks, recents,
     BLOCK: tl.constexpr, RAGGED: tl.constexpr, COUNTED: tl.constexpr,
@@ -54,7 +54,7 @@ def find_edges(
     tl.store(edges + 2 * b + 1, recent_start)
 
 
-@triton.jit(do_not_specialize=["capacity", "split_rows", "sinks", "wanted"])
+@triton.jit(do_not_specialize=["capacity", "split_rows", "sinks", "wanted", "mask_b", "counts_b"])
 def mark_recent(
     keys, bins, edges, counts, counts_b, lengths, mask, mask_b, capacity, split_rows, sinks,
     wanted, CHOOSERS: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr,
@@ -62,10 +62,10 @@ def mark_recent(
 ):  # fmt: skip
     """Sort keys for reading by recency: sinks and the last rows, as many as are wanted in all.
 
-    Grid: splits, batch * choosers. With a mask `edges` come from `find_edges`.
+    Grid: batch * choosers, splits. With a mask `edges` come from `find_edges`.
     """
-    split = tl.program_id(0)
-    row = tl.program_id(1).to(tl.int64)
+    split = tl.program_id(1)
+    row = tl.program_id(0).to(tl.int64)
     b = row // CHOOSERS
     held = rows_held(b, lengths, capacity, RAGGED)
     if MASKED:
@@ -84,18 +84,23 @@ def mark_recent(
         tl.store(keys + row * capacity + t, tl.where(read, FORCED, HIDDEN), mask=t < held)
         counted += tl.sum(read.to(tl.int32), 0)
     which = tl.arange(0, BINS)
-    place = bins + (row * tl.num_programs(0) + split) * BINS
+    place = bins + (row * tl.num_programs(1) + split) * BINS
     tl.store(place + which, tl.where(which == BINS - 1, counted, 0))
 
 
-@triton.jit(do_not_specialize=["capacity", "split_rows"])
+@triton.jit(
+    do_not_specialize=[
+        "scores_b", "scores_c", "visible_b", "visible_c", "forced_b", "forced_c", "capacity",
+        "split_rows",
+    ]
+)  # fmt: skip
 def order_scores(
     keys, bins, scores, scores_b, scores_c, visible, visible_b, visible_c, forced, forced_b,
     forced_c, capacity, split_rows, CHOOSERS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Turn scores of any kind into sort keys and counts of bins. Grid: splits, rows."""
-    split = tl.program_id(0)
-    row = tl.program_id(1).to(tl.int64)
+    """Turn scores of any kind into sort keys and counts of bins. Grid: rows, splits."""
+    split = tl.program_id(1)
+    row = tl.program_id(0).to(tl.int64)
     b = row // CHOOSERS
     c = row % CHOOSERS
     counted = tl.zeros([BINS], tl.int32)
@@ -109,7 +114,7 @@ def order_scores(
         key = tl.where(seen != 0, key, HIDDEN)
         tl.store(keys + row * capacity + t, key, mask=there)
         counted += tl.histogram(bins_of(key, "exponent"), BINS, mask=there & (seen != 0))
-    place = bins + (row * tl.num_programs(0) + split) * BINS
+    place = bins + (row * tl.num_programs(1) + split) * BINS
     tl.store(place + tl.arange(0, BINS), counted)
 
 
@@ -120,7 +125,7 @@ def _lowest_bin(total, wanted):
     return tl.maximum(tl.sum((at_least >= wanted).to(tl.int32), 0) - 1, 0)
 
 
-@triton.jit(do_not_specialize=["capacity", "split_rows", "wanted"])
+@triton.jit(do_not_specialize=["capacity", "split_rows", "wanted", "counts_b"])
 def compact(
     list_rows, list_keys, listed, keys, bins, counts, counts_b, wanted, lengths, capacity,
     split_rows, CHOOSERS: tl.constexpr, KIND: tl.constexpr, BLOCK: tl.constexpr,
@@ -128,12 +133,12 @@ def compact(
 ):  # fmt: skip
     """List, in order, the rows that reach the bin of the k-th best, with their keys.
 
-    Grid: splits, rows. Each program reads the counts of all splits, so it knows where its own part
+    Grid: rows, splits. Each program reads the counts of all splits, so it knows where its own part
     of the list begins. `listed` is int32 [rows]: how long the list is.
     """
-    split = tl.program_id(0)
-    splits = tl.num_programs(0)
-    row = tl.program_id(1).to(tl.int64)
+    split = tl.program_id(1)
+    splits = tl.num_programs(1)
+    row = tl.program_id(0).to(tl.int64)
     if COUNTED:
         wanted = tl.load(counts + (row // CHOOSERS) * counts_b).to(tl.int32)
     which = tl.arange(0, BINS)
@@ -166,7 +171,7 @@ def _key_digits(keys, shift: tl.constexpr):
     return ((keys.to(tl.uint32, bitcast=True) ^ 0x80000000) >> shift).to(tl.int32, bitcast=True)
 
 
-@triton.jit(do_not_specialize=["capacity", "wanted", "most"])
+@triton.jit(do_not_specialize=["capacity", "wanted", "most", "counts_b"])
 def refine(
     indices, found, list_rows, list_keys, listed, counts, counts_b, wanted, capacity, most,
     CHOOSERS: tl.constexpr, BLOCK: tl.constexpr, COUNTED: tl.constexpr,
@@ -219,4 +224,4 @@ def refine(
             tl.full([BLOCK], -1, tl.int64),
             mask=(slot >= at) & (slot < most),
         )
-    tl.store(found + row, at.to(tl.int64))
+    tl.store(found + row, tl.minimum(at, most).to(tl.int64))

@@ -23,13 +23,13 @@ def map_query(
     GP: tl.constexpr,
     HP: tl.constexpr,
     DIM: tl.constexpr,
-    DP: tl.constexpr,
     RANK: tl.constexpr,
     RP: tl.constexpr,
     KIND: tl.constexpr,
     MAPPED: tl.constexpr,
     WORDS: tl.constexpr,
     PRECISION: tl.constexpr,
+    STEP: tl.constexpr,
 ):
     """Write the leading coordinates of the heads that choose together.
 
@@ -42,16 +42,19 @@ def map_query(
     b = (row // CHOOSERS).to(tl.int64)
     chooser = row % CHOOSERS
     heads = tl.arange(0, HP)
-    dims = tl.arange(0, DP)
     ranks = tl.arange(0, RP)
     place = query + b * query_b + (chooser * HEADS + heads).to(tl.int64)[:, None] * query_h
     if MAPPED:
-        inside = (heads < HEADS)[:, None] & (dims < DIM)[None, :]
-        rows = tl.load(place + dims[None, :], mask=inside, other=0.0).to(tl.float32)
         first = query_map + (chooser // SHARE).to(tl.int64) * DIM * RANK
-        kept = (dims < DIM)[:, None] & (ranks < RANK)[None, :]
-        columns = tl.load(first + dims[:, None] * RANK + ranks[None, :], mask=kept, other=0.0)
-        lead = tl.dot(rows, columns, input_precision=PRECISION)
+        lead = tl.zeros([HP, RP], tl.float32)
+        for start in range(0, DIM, STEP):
+            dims = start + tl.arange(0, STEP)
+            inside = (heads < HEADS)[:, None] & (dims < DIM)[None, :]
+            rows = tl.load(place + dims[None, :], mask=inside, other=0.0).to(tl.float32)
+            kept = (dims < DIM)[:, None] & (ranks < RANK)[None, :]
+            there = first + dims[:, None] * RANK + ranks[None, :]
+            columns = tl.load(there, mask=kept, other=0.0)
+            lead += tl.dot(rows, columns, input_precision=PRECISION)
     else:
         inside = (heads < HEADS)[:, None] & (ranks < RANK)[None, :]
         lead = tl.load(place + ranks[None, :], mask=inside, other=0.0).to(tl.float32)

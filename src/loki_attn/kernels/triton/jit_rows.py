@@ -76,8 +76,8 @@ def narrowed(x, DTYPE: tl.constexpr):
     """Round float32 to a dtype, half to even; to bfloat16 by hand where the cast cuts off."""
     if DTYPE == tl.bfloat16 and _CUTS_OFF:
         bits = x.to(tl.int32, bitcast=True)
-        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
-        x = tl.where(x == x, rounded, x)
+        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
+        x = tl.where(x == x, rounded.to(tl.float32, bitcast=True), x)
     return x.to(DTYPE)
 
 

@@ -53,44 +53,62 @@ def _for_heads(place, DTYPE: tl.constexpr, GP: tl.constexpr, ASM: tl.constexpr):
 
 
 @triton.jit
-def _code_products(
-    plane, query, live, place, KIND: tl.constexpr, LINES: tl.constexpr, GP: tl.constexpr,
-    BLOCK: tl.constexpr, ASM: tl.constexpr,
-):  # fmt: skip
-    """Exact integer products [BLOCK, GP] of the codes of rows and of the query."""
-    total = tl.zeros([BLOCK, GP], tl.int32)
-    for line in tl.static_range(LINES):
-        words = tl.load(plane + place[:, None] + line * 16, mask=live[:, None], other=0)
-        if KIND == "int8":
-            codes = _for_heads(query + line * GP, tl.int32, GP, ASM)[None, :]
-            total = _dot4(words, codes, total, False, ASM)
-        else:
-            low = _for_heads(query + 2 * line * GP, tl.int32, GP, ASM)[None, :]
-            high = _for_heads(query + (2 * line + 1) * GP, tl.int32, GP, ASM)[None, :]
-            total = _dot4(words & 0x0F0F0F0F, low, total, True, ASM)
-            total = _dot4((words >> 4) & 0x0F0F0F0F, high, total, True, ASM)
-    return total
+def _code_line(
+    total, plane, query, live, place, line, KIND: tl.constexpr, GP: tl.constexpr, ASM: tl.constexpr
+):
+    """Exact integer products of one line of codes, added to `total` [BLOCK, GP]."""
+    words = tl.load(plane + place[:, None] + line * 16, mask=live[:, None], other=0)
+    if KIND == "int8":
+        codes = _for_heads(query + line * GP, tl.int32, GP, ASM)[None, :]
+        return _dot4(words, codes, total, False, ASM)
+    low = _for_heads(query + 2 * line * GP, tl.int32, GP, ASM)[None, :]
+    high = _for_heads(query + (2 * line + 1) * GP, tl.int32, GP, ASM)[None, :]
+    total = _dot4(words & 0x0F0F0F0F, low, total, True, ASM)
+    return _dot4((words >> 4) & 0x0F0F0F0F, high, total, True, ASM)
 
 
 @triton.jit
-def _float_products(
+def _float_line(
+    total, plane, query, live, place, line, KIND: tl.constexpr, RANK: tl.constexpr,
+    GP: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
+    """Products of one line of float coordinates in float32, added to `total` [BLOCK, GP]."""
+    words = tl.load(plane + place[:, None] + line * 16, mask=live[:, None], other=0)
+    if KIND == "fp32":
+        one = words.to(tl.float32, bitcast=True)
+        return total + one * _for_heads(query + line * GP, tl.float32, GP, ASM)[None, :]
+    one = (words << 16).to(tl.float32, bitcast=True)
+    total += one * _for_heads(query + 2 * line * GP, tl.float32, GP, ASM)[None, :]
+    # The last line of an odd rank has no second coordinate: its own is 0, and so counts nothing.
+    second = tl.minimum(2 * line + 1, RANK - 1)
+    one = (words & -65536).to(tl.float32, bitcast=True)
+    return total + one * _for_heads(query + second * GP, tl.float32, GP, ASM)[None, :]
+
+
+@triton.jit
+def _products(
     plane, query, live, place, KIND: tl.constexpr, LINES: tl.constexpr, RANK: tl.constexpr,
     GP: tl.constexpr, BLOCK: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
-    """Products [BLOCK, GP] of float coordinates in float32."""
-    total = tl.zeros([BLOCK, GP], tl.float32)
-    for line in tl.static_range(LINES):
-        words = tl.load(plane + place[:, None] + line * 16, mask=live[:, None], other=0)
-        if KIND == "fp32":
-            one = words.to(tl.float32, bitcast=True)
-            total += one * _for_heads(query + line * GP, tl.float32, GP, ASM)[None, :]
-        else:
-            one = (words << 16).to(tl.float32, bitcast=True)
-            total += one * _for_heads(query + 2 * line * GP, tl.float32, GP, ASM)[None, :]
-            if 2 * line + 1 < RANK:
-                one = (words & -65536).to(tl.float32, bitcast=True)
-                second = _for_heads(query + (2 * line + 1) * GP, tl.float32, GP, ASM)
-                total += one * second[None, :]
+    """Products [BLOCK, GP] of rows in tiles and the query, of codes in int32, else in float32.
+
+    Up to 16 lines are written out, so that all of their loads are in flight at once; more are
+    looped over, which compiles and fits into registers.
+    """
+    CODED: tl.constexpr = KIND == "int8" or KIND == "int4"
+    total = tl.zeros([BLOCK, GP], tl.int32 if CODED else tl.float32)
+    if LINES <= 16:
+        for line in tl.static_range(LINES):
+            if CODED:
+                total = _code_line(total, plane, query, live, place, line, KIND, GP, ASM)
+            else:
+                total = _float_line(total, plane, query, live, place, line, KIND, RANK, GP, ASM)
+    else:
+        for line in range(LINES):
+            if CODED:
+                total = _code_line(total, plane, query, live, place, line, KIND, GP, ASM)
+            else:
+                total = _float_line(total, plane, query, live, place, line, KIND, RANK, GP, ASM)
     return total
 
 
@@ -119,7 +137,7 @@ def block_logits(
         place = tile_offsets(t, live, b, kv, table, table_b, plane_b, plane_h, LINES * 16, PAGE)
         if KIND == "int8" or KIND == "int4":
             words = query + row * (LINES * (2 if KIND == "int4" else 1)) * GP
-            total = _code_products(plane, words, live, place, KIND, LINES, GP, BLOCK, ASM)
+            total = _products(plane, words, live, place, KIND, LINES, RANK, GP, BLOCK, ASM)
             whole = total.to(tl.float32)
             if KIND == "int4":
                 whole -= _for_heads(first_factor + GP, tl.float32, GP, ASM)[None, :]
@@ -128,16 +146,16 @@ def block_logits(
             logits = whole * factor[None, :] * scale.to(tl.float32)
         else:
             coordinates = query + row * RANK * GP
-            whole = _float_products(
-                plane, coordinates, live, place, KIND, LINES, RANK, GP, BLOCK, ASM
-            )
+            whole = _products(plane, coordinates, live, place, KIND, LINES, RANK, GP, BLOCK, ASM)
             logits = whole * factor[None, :]
     if CAPPED:
         logits = soft_cap(logits, softcap)
     return logits
 
 
-@triton.jit(do_not_specialize=["capacity", "split_rows"])
+@triton.jit(
+    do_not_specialize=["capacity", "split_rows", "scales_b", "scales_h", "table_b", "mask_b"]
+)
 def sum_weights(
     stats, plane, plane_b, plane_h, plane_t, scales, scales_b, scales_h, query, factors,
     table, table_b, lengths, mask, mask_b, capacity, split_rows, softcap,
@@ -148,11 +166,11 @@ def sum_weights(
 ):  # fmt: skip
     """Per head, the peak of a split's logits and the sum of their exponentials below it.
 
-    Grid: splits, batch * choosers. `stats` is float32 [rows, splits, 2, GP]. Every lane keeps a
+    Grid: batch * choosers, splits. `stats` is float32 [rows, splits, 2, GP]. Every lane keeps a
     peak and a sum of its own, so that lanes meet only once.
     """
-    split = tl.program_id(0)
-    row = tl.program_id(1).to(tl.int64)
+    split = tl.program_id(1)
+    row = tl.program_id(0).to(tl.int64)
     b = row // CHOOSERS
     kv = (row % CHOOSERS) // SHARE
     held = rows_held(b, lengths, capacity, RAGGED)
@@ -174,7 +192,7 @@ def sum_weights(
     best = tl.max(peak, 0)
     whole = tl.sum(total * tl.exp(peak - best[None, :]), 0)
     heads = tl.arange(0, GP)
-    first = stats + (row * tl.num_programs(0) + split) * 2 * GP
+    first = stats + (row * tl.num_programs(1) + split) * 2 * GP
     tl.store(first + heads, best)
     tl.store(first + GP + heads, whole)
 
@@ -187,8 +205,8 @@ def _log_sum_exp(
     """Log-sum-exp [GP] of each head's logits over all splits, its sink logit included."""
     heads = tl.arange(0, GP)
     splits = tl.arange(0, SP)[:, None]
-    place = stats + row * tl.num_programs(0) * 2 * GP + splits * 2 * GP + heads[None, :]
-    there = (splits < tl.num_programs(0)) & (heads < GP)[None, :]
+    place = stats + row * tl.num_programs(1) * 2 * GP + splits * 2 * GP + heads[None, :]
+    there = (splits < tl.num_programs(1)) & (heads < GP)[None, :]
     peaks = tl.load(place, mask=there, other=_FAR_BELOW)
     sums = tl.load(place + GP, mask=there, other=0.0)
     peak = tl.max(peaks, 0)
@@ -198,10 +216,21 @@ def _log_sum_exp(
     total = tl.sum(sums * tl.exp(peaks - peak[None, :]), 0)
     if SINKS:
         total += tl.exp(sink.to(tl.float32) - peak)
-    return peak + tl.log(tl.where(total > 0, total, 1.0))
+    return peak + tl.log(tl.where(total != 0, total, 1.0))
 
 
-@triton.jit(do_not_specialize=["capacity", "split_rows", "sinks", "recents"])
+@triton.jit(
+    do_not_specialize=[
+        "capacity",
+        "split_rows",
+        "sinks",
+        "recents",
+        "scales_b",
+        "scales_h",
+        "table_b",
+        "mask_b",
+    ]
+)
 def rank_rows(
     keys, bins, stats, edges, plane, plane_b, plane_h, plane_t, scales, scales_b, scales_h,
     query, factors, table, table_b, lengths, mask, mask_b, sink_logits, capacity, split_rows,
@@ -214,14 +243,14 @@ def rank_rows(
 ):  # fmt: skip
     """Write every row's sort key, int32 [rows, capacity], and a split's counts of bins.
 
-    Grid: splits, batch * choosers. A row's score is the sum over the heads, or the largest, of its
+    Grid: batch * choosers, splits. A row's score is the sum over the heads, or the largest, of its
     logits or, with WEIGHTS, of its soft-max weights by the sums of `sum_weights`. `edges` int32
     [batch, 2] says, with a mask, where sinks end and recents begin. `bins` is int32 [rows, splits,
     512]. Programs go from the last rows to the first: what `sum_weights` read last is still in the
     cache.
     """
-    split = tl.num_programs(0) - 1 - tl.program_id(0)
-    row = (tl.num_programs(1) - 1 - tl.program_id(1)).to(tl.int64)
+    split = tl.num_programs(1) - 1 - tl.program_id(1)
+    row = (tl.num_programs(0) - 1 - tl.program_id(0)).to(tl.int64)
     b = row // CHOOSERS
     chooser = row % CHOOSERS
     kv = chooser // SHARE
@@ -256,11 +285,11 @@ def rank_rows(
         tl.store(keys + row * capacity + t, key, mask=t < held)
         which = bins_of(key, "weights" if WEIGHTS else "logits")
         counted += tl.histogram(which, BINS, mask=live)
-    place = bins + (row * tl.num_programs(0) + split) * BINS
+    place = bins + (row * tl.num_programs(1) + split) * BINS
     tl.store(place + tl.arange(0, BINS), counted)
 
 
-@triton.jit(do_not_specialize=["capacity", "split_rows"])
+@triton.jit(do_not_specialize=["capacity", "split_rows", "scales_b", "scales_h"])
 def score_rows(
     out, plane, plane_b, plane_h, plane_t, scales, scales_b, scales_h, query, factors,
     capacity, split_rows, softcap,
@@ -268,9 +297,9 @@ def score_rows(
     KIND: tl.constexpr, LINES: tl.constexpr, RANK: tl.constexpr, RP: tl.constexpr,
     BLOCK: tl.constexpr, PRECISION: tl.constexpr, ASM: tl.constexpr, CAPPED: tl.constexpr,
 ):  # fmt: skip
-    """Write the logits themselves, float32 [rows, HEADS, capacity]. Grid: splits, rows."""
-    split = tl.program_id(0)
-    row = tl.program_id(1).to(tl.int64)
+    """Write the logits themselves, float32 [rows, HEADS, capacity]. Grid: rows, splits."""
+    split = tl.program_id(1)
+    row = tl.program_id(0).to(tl.int64)
     b = row // CHOOSERS
     kv = (row % CHOOSERS) // SHARE
     heads = tl.arange(0, GP)

@@ -59,9 +59,10 @@ def map_queries(
         asked, factors, query, query.stride(0), query.stride(1),
         factors if query_map is None else query_map, scaling,
         CHOOSERS=who.count, SHARE=who.share, HEADS=who.heads, GP=heads, HP=max(heads, 16),
-        DIM=dim, DP=power_of_two(max(dim, 16)), RANK=lead.rank, RP=lead.padded_rank,
+        DIM=dim, RANK=lead.rank, RP=lead.padded_rank,
         KIND=lead.kind, MAPPED=query_map is not None, WORDS=words,
-        PRECISION=device.mapping_precision(), num_warps=4,
+        PRECISION=device.mapping_precision(), STEP=tuning.map_block(lead.padded_rank),
+        num_warps=4, num_stages=2,
     )  # fmt: skip
     return Asked(asked, factors, heads)
 
@@ -98,7 +99,8 @@ class Ranking:
 
     def cut(self) -> tuple[tuning.Cut, int, int]:
         """How the lead is cut: block, splits, rows of a split."""
-        cut = tuning.score_cut(self.lead.kind, self.asked.heads)
+        row_bytes = self.lead.padded_rank * max(self.lead.plane.itemsize, self.asked.words.itemsize)
+        cut = tuning.score_cut(self.lead.kind, self.asked.heads, row_bytes)
         busy = device.programs_wanted(self.lead.plane.device)
         return cut, *tuning.splits_of(self.held.capacity, self.rows, cut.block, busy)
 
@@ -158,12 +160,12 @@ def rank(
     softcap = ranking.call.softcap or 1.0
     stats = like.new_empty((rows, splits, 2, ranking.asked.heads))
     if weights:
-        sum_weights[(splits, rows)](
+        sum_weights[(rows, splits)](
             stats, *ranking.tensors(), *ranking.places(), capacity, split_rows, softcap, **constants
         )
     keys = like.new_empty((rows, capacity), dtype=torch.int32)
     bins = like.new_empty((rows, splits, BINS.value), dtype=torch.int32)
-    rank_rows[(splits, rows)](
+    rank_rows[(rows, splits)](
         keys, bins, stats, edges, *ranking.tensors(), *ranking.places(),
         like if sink_logits is None else sink_logits, capacity, split_rows, sinks, recents, softcap,
         WEIGHTS=weights, LARGEST=not how.endswith("sum"), SP=tuning.MOST_SPLITS,
@@ -178,7 +180,7 @@ def score(ranking: Ranking) -> Tensor:
     heads = ranking.who.count * ranking.who.heads
     capacity = ranking.held.capacity
     out = ranking.asked.factors.new_empty((ranking.batch, heads, 1, capacity))
-    score_rows[(splits, ranking.rows)](
+    score_rows[(ranking.rows, splits)](
         out, *ranking.tensors(), capacity, split_rows, ranking.call.softcap or 1.0,
         **ranking.constants(cut),
     )  # fmt: skip

@@ -8,6 +8,8 @@ float sums.
 from dataclasses import dataclass
 from typing import Final, final
 
+from loki_attn.kernels.triton.request import power_of_two
+
 # Splits of one row that meet again: `rank_rows` and `merge` hold one number of each in a program.
 MOST_SPLITS: Final = 64
 
@@ -28,17 +30,24 @@ class Cut:
     stages: int = 1
 
 
-def score_cut(kind: str, heads: int) -> Cut:
+def score_cut(kind: str, heads: int, row_bytes: int) -> Cut:
     """For kernels that stream the lead.
 
-    Tiles: 4 rows to a thread, so that a load of a line is 16 bytes and all lines of a block are in
-    flight at once; more heads mean more registers per row, so fewer rows. Plain rows go through
-    the tensor cores, 128 rows at a time, with loads in a pipeline of 3.
+    Tiles: all lines of a block are in flight at once, 4 rows to a thread; every head keeps a
+    product, a peak and a sum of each row in registers, so more heads mean fewer rows. Plain rows go
+    through the tensor cores, in a pipeline: blocks are as long as the smaller GPUs have shared
+    memory for, which is 99 KiB a program.
+
+    Args:
+        kind: What ranks the rows, as in `LeadForm`.
+        heads: Padded heads of a chooser.
+        row_bytes: Bytes of a padded row, for plain rows.
     """
     if kind == "rows":
-        return Cut(block=128, warps=4, stages=3)
-    block = min(512, max(64, 2048 // heads))
-    return Cut(block=block, warps=max(1, block // 128))
+        if row_bytes <= 128:
+            return Cut(block=128, warps=4, stages=3)
+        return Cut(block=64, warps=4, stages=3) if row_bytes <= 256 else Cut(32, 4, stages=2)
+    return Cut(block=128 * max(1, min(4, 16 // heads)), warps=4)
 
 
 # Compacting reads 4 bytes a row: long blocks, for few scans.
@@ -49,9 +58,16 @@ EDGES: Final = Cut(block=4096, warps=8)
 APPEND: Final = Cut(block=16, warps=4)
 
 
-def attend_cut(head_dim: int) -> Cut:
+def map_block(rank: int) -> int:
+    """Dimensions that are mapped at a time, for maps of a padded rank: 32 KiB of a map."""
+    return max(16, min(64, 8192 // rank))
+
+
+def attend_cut(row_bytes: int) -> Cut:
     """For exact attention: 64 gathered rows in flight twice over; fewer where rows are long."""
-    return Cut(block=64, warps=4, stages=3) if head_dim <= 128 else Cut(block=32, warps=4, stages=2)
+    if row_bytes <= 256:
+        return Cut(block=64, warps=4, stages=3)
+    return Cut(block=32, warps=4, stages=2) if row_bytes <= 512 else Cut(16, 4, stages=2)
 
 
 def splits_of(rows: int, choosers: int, block: int, programs: int) -> tuple[int, int]:
@@ -70,3 +86,75 @@ def splits_of(rows: int, choosers: int, block: int, programs: int) -> tuple[int,
     wanted = min(MOST_SPLITS, blocks, max(1, -(-programs // max(choosers, 1))))
     each = -(-blocks // wanted)
     return -(-blocks // each), each * block
+
+
+@final
+@dataclass(frozen=True)
+class Pane:
+    """How a kernel is launched that meets queries with rows in blocks of both.
+
+    Attributes:
+        queries: Queries of a block.
+        rows: Rows of a block.
+        warps: Warps of a program.
+        stages: Depth of the pipeline that loads the blocks of the loop.
+        registers: The most that a thread may take; None for what the compiler likes.
+    """
+
+    queries: int
+    rows: int
+    warps: int
+    stages: int
+    registers: int | None = None
+
+
+# float32 numbers become three products on tensor cores, whose parts fill the registers of small
+# blocks already.
+_WIDE_PANE: Final = Pane(queries=16, rows=64, warps=8, stages=2)
+
+
+def query_pane(counted: int, head_dim: int, itemsize: int, *, masked: bool) -> Pane:
+    """For the soft-max sums of queries: a program holds its queries and streams the rows.
+
+    128 queries read a row half as often as 64; a mask takes the registers of those. Two programs
+    of 8 warps fit a multiprocessor, so that one's exponentials meet the other's products.
+    """
+    if itemsize > 2:
+        return _WIDE_PANE
+    side = _side(counted)
+    if head_dim > 128:
+        return Pane(min(side, 64), rows=64, warps=8, stages=2)
+    if masked or side <= 64:
+        return Pane(min(side, 64), rows=128, warps=8, stages=2)
+    return Pane(128, rows=64, warps=8, stages=3)
+
+
+def row_pane(counted: int, head_dim: int, itemsize: int, *, plain: bool) -> Pane:
+    """For what rows receive: a program holds its rows and streams the queries; see above.
+
+    Plain means without mask and bias: the compiler then needs no more than 128 registers, though
+    it likes more, and again two programs fit a multiprocessor.
+    """
+    if itemsize > 2:
+        return _WIDE_PANE
+    side = min(_side(counted), 64)
+    if head_dim > 128:
+        return Pane(side, rows=64, warps=8, stages=2)
+    return Pane(side, rows=128, warps=8, stages=3, registers=128 if plain else None)
+
+
+def _side(size: int) -> int:
+    """The least power of two that is at least `size` and fills a side of a tensor-core product."""
+    return max(16, power_of_two(size))
+
+
+# One pass over the numbers of each query of a head.
+SETTLE: Final = Cut(block=128, warps=4)
+# Queries that a program of `hamming` compares with the rows that it holds: enough that rows are
+# read seldom, few enough that a prompt's queries spread over programs.
+HAMMING_QUERIES: Final = 64
+
+
+def hamming_cut(words: int) -> Cut:
+    """For codes held in registers, 16 words to a thread at most; 256 rows of codes of 128 bits."""
+    return Cut(block=min(256, max(32, 2048 // words)), warps=4)

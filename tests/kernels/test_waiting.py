@@ -4,8 +4,6 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-pytest.importorskip("triton")
-
 from loki_attn import compiled
 from loki_attn.attention import bind
 from loki_attn.kernels import backends, ops
@@ -36,10 +34,12 @@ class NobodyWaits(TorchDispatchMode):
         return op(*args, **(kwargs or {}))
 
 
-@pytest.fixture(autouse=True)
-def by_triton(interpreted, monkeypatch):
-    """Ask for the Triton kernels by name: nothing falls back."""
-    monkeypatch.setenv(backends.ENVIRONMENT_VARIABLE, "triton")
+@pytest.fixture(autouse=True, params=["triton", "reference"])
+def backend(request, monkeypatch):
+    """The kernels, and what takes over where they do not serve; each by name."""
+    if request.param == "triton":
+        request.getfixturevalue("interpreted")
+    monkeypatch.setenv(backends.ENVIRONMENT_VARIABLE, request.param)
     ops.cache_clear()
     yield
     ops.cache_clear()
