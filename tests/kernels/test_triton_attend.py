@@ -143,6 +143,7 @@ def test_any_rows(scene, data):
     torch.testing.assert_close(found.log_sum_exp.double(), logits, rtol=1e-5, atol=2e-5)
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.mark.parametrize("spoilt", ["query", "key", "value"])
 def test_a_nan_that_is_read_comes_out_however_the_list_is_cut(spoilt):
     query, keys, values = rows_of(torch.float32, 2, 32, 32, batch=1)

@@ -52,7 +52,7 @@ def layer_of(name):
 
 
 @pytest.mark.parametrize("name", POLICIES)
-def test_a_step_over_fixed_storage_never_waits(name):
+def test_a_step_over_fixed_storage_never_waits(name, monkeypatch):
     layer = layer_of(name)
     query, key, value = random_rows(SHAPE, WRITTEN, batch=2)
     storage = [torch.zeros(2, 2, CAPACITY, 32) for _ in "kv"]
@@ -60,6 +60,9 @@ def test_a_step_over_fixed_storage_never_waits(name):
     visible = (torch.arange(CAPACITY) < WRITTEN).expand(2, 1, 1, -1).clone()
     visible[1, ..., :7] = False
     held = torch.zeros(1, dtype=torch.int64)
+    # A custom op hides what it does from such a mode, so its body is called as it stands.
+    for name in ("_step", "_append"):
+        monkeypatch.setattr(compiled, name, getattr(compiled, name)._init_fn)
     with NobodyWaits():
         compiled.append(rows, layer.selector, key, value, held)
         out = compiled.step(query, rows, layer, CALL, visible)

@@ -50,7 +50,7 @@ def small_blocks(block=32):
         patch.setattr(triton_device, "programs_wanted", lambda _: 24)
         patch.setattr(tuning, "score_cut", lambda *_: cut)
         patch.setattr(tuning, "attend_cut", lambda *_: cut)
-        for name in ("CHOOSE", "EDGES", "REFINE"):
+        for name in ("CHOOSE", "REFINE"):
             patch.setattr(tuning, name, cut)
         yield
 

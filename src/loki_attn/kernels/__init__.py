@@ -189,7 +189,8 @@ class _Routed:
 
     def _route(self, op: str, plain: Any) -> Any:
         def served(*args: Any, **kwargs: Any) -> Any:
-            tensor = args[0].key if isinstance(args[0], AppendRequest) else args[0]
+            first = args[0] if args else next(iter(kwargs.values()))
+            tensor = first.key if isinstance(first, AppendRequest) else first
             if not isinstance(tensor, Tensor):
                 return plain(*args, **kwargs)
             if op not in _MANY_QUERIES and tensor.shape[2] != 1:

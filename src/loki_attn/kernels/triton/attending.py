@@ -32,7 +32,9 @@ def attend(
     indices, found = selection.indices, selection.counts
     cut = tuning.attend_cut(max(dim, value_dim) * query.itemsize)
     busy = device.programs_wanted(query.device) // 2
-    splits, split_rows = tuning.splits_of(indices.shape[2], rows, cut.block, busy)
+    splits, split_rows = tuning.splits_of(
+        indices.shape[2], rows, cut.block, busy, tuning.MERGED_SPLITS
+    )
     out = query.new_empty((batch, heads, 1, value_dim))
     log_sums = query.new_empty((batch, heads, 1), dtype=torch.float32)
     parts, sums = out, log_sums
@@ -54,7 +56,7 @@ def attend(
     )  # fmt: skip
     if splits > 1:
         merge[(batch * heads,)](
-            out, log_sums, parts, sums, sink, splits, HEADS=heads, SP=tuning.MOST_SPLITS,
+            out, log_sums, parts, sums, sink, splits, HEADS=heads, SP=tuning.MERGED_SPLITS,
             VALUE_DIM=value_dim, VP=padded, SINKS=sink_logits is not None, num_warps=4,
         )  # fmt: skip
     return out, log_sums

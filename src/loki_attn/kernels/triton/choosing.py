@@ -9,7 +9,7 @@ from torch import Tensor
 from loki_attn.kernels.triton import device, tuning
 from loki_attn.kernels.triton.jit_choose import (
     compact,
-    find_edges,
+    count_visible,
     mark_recent,
     order_scores,
     refine,
@@ -48,7 +48,7 @@ def order(scores: Tensor, visible: Tensor, forced: Tensor) -> Ranked:
     batch, choosers, _, capacity = scores.shape
     rows, cut = batch * choosers, tuning.CHOOSE
     busy = device.programs_wanted(scores.device)
-    splits, split_rows = tuning.splits_of(capacity, rows, cut.block, busy)
+    splits, split_rows = tuning.splits_of(capacity, rows, cut.block, busy, tuning.RANK_SPLITS)
     keys = scores.new_empty((rows, capacity), dtype=torch.int32)
     bins = scores.new_empty((rows, splits, BINS.value), dtype=torch.int32)
     order_scores[(rows, splits)](
@@ -75,20 +75,18 @@ def rank_by_recency(
     rows, capacity, lengths = batch * choosers, held.capacity, held.lengths
     cut, like = tuning.CHOOSE, held.keys
     busy = device.programs_wanted(like.device)
-    splits, split_rows = tuning.splits_of(capacity, rows, cut.block, busy)
+    splits, split_rows = tuning.splits_of(capacity, rows, cut.block, busy, tuning.RANK_SPLITS)
     counted = isinstance(counts, Tensor)
     given, wanted = (counts, 0) if isinstance(counts, Tensor) else (like, counts)
-    edges = like
-    if mask is not None:
-        recents = counts if isinstance(counts, Tensor) else max(counts - sinks, 0)
-        edges = edges_of(held, mask, batch, sinks, recents)
+    seen = visible_in_splits(held, mask, batch, splits, split_rows, like)
     keys = like.new_empty((rows, capacity), dtype=torch.int32)
     bins = like.new_empty((rows, splits, BINS.value), dtype=torch.int32)
     mark_recent[(rows, splits)](
-        keys, bins, edges, given, count_stride(counts), like if lengths is None else lengths,
-        like if mask is None else mask, mask_stride(mask), capacity, split_rows, sinks, wanted,
-        CHOOSERS=choosers, BLOCK=cut.block, MASKED=mask is not None, RAGGED=lengths is not None,
-        COUNTED=counted, num_warps=cut.warps,
+        keys, bins, seen, row_stride(seen), given, row_stride(given),
+        like if lengths is None else lengths, like if mask is None else mask, mask_stride(mask),
+        capacity, split_rows, sinks, wanted,
+        CHOOSERS=choosers, BLOCK=cut.block, SP=tuning.RANK_SPLITS, MASKED=mask is not None,
+        RAGGED=lengths is not None, COUNTED=counted, num_warps=cut.warps,
     )  # fmt: skip
     return Ranked(keys, bins, "exponent", split_rows)
 
@@ -112,7 +110,7 @@ def choose(
     list_rows, list_keys = torch.empty_like(keys), torch.empty_like(keys)
     counted = isinstance(counts, Tensor)
     given = counts if isinstance(counts, Tensor) else keys
-    stride = count_stride(counts)
+    stride = row_stride(given)
     wanted = 0 if isinstance(counts, Tensor) else counts
     compact[(rows, bins.shape[1])](
         list_rows, list_keys, listed, keys, bins, given, stride, wanted,
@@ -130,20 +128,24 @@ def choose(
     return Selection(indices, found)
 
 
-def edges_of(held: Held, mask: Tensor, batch: int, sinks: int, recents: int | Tensor) -> Tensor:
-    """Where sinks end and recents begin among the visible rows: int32 [batch, 2].
+def visible_in_splits(
+    held: Held, mask: Tensor | None, batch: int, splits: int, split_rows: int, like: Tensor
+) -> Tensor:
+    """How many rows of each split are visible: int32 [batch or 1, splits].
 
-    `recents` is a number, or int64 [batch or 1]: rows to read in all, the sinks included.
+    Where there is no mask nobody reads it, and `like` stands for it.
     """
-    edges = mask.new_empty((batch, 2), dtype=torch.int32)
-    lengths, counted = held.lengths, isinstance(recents, Tensor)
-    find_edges[(batch,)](
-        edges, mask, mask_stride(mask), edges if lengths is None else lengths,
-        recents if counted else edges, count_stride(recents), held.capacity, sinks,
-        0 if counted else recents, BLOCK=tuning.EDGES.block, RAGGED=lengths is not None,
-        COUNTED=counted, num_warps=tuning.EDGES.warps,
+    if mask is None:
+        return like
+    lengths = held.lengths
+    masks = mask.shape[0] if lengths is None else batch
+    seen = mask.new_empty((masks, splits), dtype=torch.int32)
+    count_visible[(masks, splits)](
+        seen, mask, mask_stride(mask), seen if lengths is None else lengths, held.capacity,
+        split_rows, BLOCK=tuning.CHOOSE.block, RAGGED=lengths is not None,
+        num_warps=tuning.CHOOSE.warps,
     )  # fmt: skip
-    return edges
+    return seen
 
 
 def mask_stride(mask: Tensor | None) -> int:
@@ -151,6 +153,6 @@ def mask_stride(mask: Tensor | None) -> int:
     return 0 if mask is None or mask.shape[0] == 1 else mask.stride(0)
 
 
-def count_stride(counts: int | Tensor) -> int:
-    """From one batch row's count to the next; 0 where all share one."""
-    return counts.stride(0) if isinstance(counts, Tensor) and counts.shape[0] > 1 else 0
+def row_stride(tensor: Tensor) -> int:
+    """From one batch row to the next; 0 where all share one."""
+    return 0 if tensor.shape[0] == 1 else tensor.stride(0)

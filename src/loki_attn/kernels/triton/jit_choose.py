@@ -13,74 +13,64 @@ from loki_attn.kernels.triton.jit_rows import (
     FORCED,
     HIDDEN,
     bins_of,
+    protected_rows,
     rows_held,
     sort_keys,
     visible_rows,
+    visible_so_far,
 )
 
 _CHUNK = tl.constexpr(8)
 
 
-@triton.jit(do_not_specialize=["capacity", "sinks", "recents", "mask_b", "counts_b"])
-def find_edges(
-    edges, mask, mask_b, lengths, counts, counts_b, capacity, sinks, recents,
-    BLOCK: tl.constexpr, RAGGED: tl.constexpr, COUNTED: tl.constexpr,
-):  # fmt: skip
-    """Where the first `sinks` visible rows end and the last `recents` begin: int32 [batch, 2].
-
-    Grid: batch. COUNTED: as many recents as `counts`, int64 [batch or 1], leaves beside the sinks.
-    """
+@triton.jit(do_not_specialize=["mask_b", "capacity", "split_rows"])
+def count_visible(
+    seen, mask, mask_b, lengths, capacity, split_rows, BLOCK: tl.constexpr, RAGGED: tl.constexpr
+):
+    """How many rows of each split are visible: int32 [masks, splits]. Grid: masks, splits."""
     b = tl.program_id(0).to(tl.int64)
-    if COUNTED:
-        recents = tl.load(counts + b * counts_b).to(tl.int32) - sinks
+    split = tl.program_id(1)
     held = rows_held(b, lengths, capacity, RAGGED)
-    total = 0
-    for start in range(0, held, BLOCK):
+    count = 0
+    for start in range(split * split_rows, tl.minimum((split + 1) * split_rows, held), BLOCK):
         t = start + tl.arange(0, BLOCK)
-        live = visible_rows(t, b, held, mask, mask_b, True)
-        total += tl.sum(live.to(tl.int32))
-    seen = 0
-    sink_end = 0
-    recent_start = capacity
-    for start in range(0, held, BLOCK):
-        t = start + tl.arange(0, BLOCK)
-        live = visible_rows(t, b, held, mask, mask_b, True)
-        rank = seen + tl.cumsum(live.to(tl.int32), 0)
-        sink_end = tl.maximum(sink_end, tl.max(tl.where(live & (rank <= sinks), t + 1, 0)))
-        late = live & (rank > total - recents)
-        recent_start = tl.minimum(recent_start, tl.min(tl.where(late, t, capacity)))
-        seen += tl.sum(live.to(tl.int32))
-    tl.store(edges + 2 * b, sink_end)
-    tl.store(edges + 2 * b + 1, recent_start)
+        live = t < tl.minimum((split + 1) * split_rows, held)
+        live = visible_rows(t, b, held, mask, mask_b, True) & live
+        count += tl.sum(live.to(tl.int32), 0)
+    tl.store(seen + b * tl.num_programs(1) + split, count)
 
 
-@triton.jit(do_not_specialize=["capacity", "split_rows", "sinks", "wanted", "mask_b", "counts_b"])
+@triton.jit(
+    do_not_specialize=[
+        "counts_b", "seen_b", "mask_b", "capacity", "split_rows", "sinks", "wanted"
+    ]
+)  # fmt: skip
 def mark_recent(
-    keys, bins, edges, counts, counts_b, lengths, mask, mask_b, capacity, split_rows, sinks,
-    wanted, CHOOSERS: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr,
-    RAGGED: tl.constexpr, COUNTED: tl.constexpr,
+    keys, bins, seen, seen_b, counts, counts_b, lengths, mask, mask_b, capacity, split_rows,
+    sinks, wanted, CHOOSERS: tl.constexpr, BLOCK: tl.constexpr, SP: tl.constexpr,
+    MASKED: tl.constexpr, RAGGED: tl.constexpr, COUNTED: tl.constexpr,
 ):  # fmt: skip
     """Sort keys for reading by recency: sinks and the last rows, as many as are wanted in all.
 
-    Grid: batch * choosers, splits. With a mask `edges` come from `find_edges`.
+    Grid: batch * choosers, splits. With a mask `seen` comes from `count_visible`.
     """
     split = tl.program_id(1)
     row = tl.program_id(0).to(tl.int64)
     b = row // CHOOSERS
+    if COUNTED:
+        wanted = tl.load(counts + b * counts_b).to(tl.int32)
+    recents = tl.maximum(wanted - sinks, 0)
     held = rows_held(b, lengths, capacity, RAGGED)
     if MASKED:
-        sink_end = tl.load(edges + 2 * b)
-        recent_start = tl.load(edges + 2 * b + 1)
-    else:
-        if COUNTED:
-            wanted = tl.load(counts + b * counts_b).to(tl.int32)
-        sink_end = sinks
-        recent_start = held - tl.maximum(wanted - sinks, 0)
+        before, total = visible_so_far(seen + b * seen_b, split, SP)
     counted = 0
     for start in range(split * split_rows, tl.minimum((split + 1) * split_rows, held), BLOCK):
         t = start + tl.arange(0, BLOCK)
         live = visible_rows(t, b, held, mask, mask_b, MASKED)
-        read = live & ((t < sink_end) | (t >= recent_start))
+        if MASKED:
+            read, before = protected_rows(live, before, total, sinks, recents)
+        else:
+            read = live & ((t < sinks) | (t >= held - recents))
         tl.store(keys + row * capacity + t, tl.where(read, FORCED, HIDDEN), mask=t < held)
         counted += tl.sum(read.to(tl.int32), 0)
     which = tl.arange(0, BINS)

@@ -57,6 +57,25 @@ def visible_rows(t, b, held, mask, mask_b, MASKED: tl.constexpr):
 
 
 @triton.jit
+def visible_so_far(seen, split, SP: tl.constexpr):
+    """How many rows are visible before a split, and in all: from the counts of every split."""
+    of = tl.arange(0, SP)
+    counts = tl.load(seen + of, mask=of < tl.num_programs(1), other=0)
+    return tl.sum(tl.where(of < split, counts, 0), 0), tl.sum(counts, 0)
+
+
+@triton.jit
+def protected_rows(live, before, total, sinks, recents):
+    """Which of a block's rows are among the first or the last visible ones, and how many it has."""
+    count = tl.sum(live.to(tl.int32), 0)
+    forced = live & (count < 0)  # none
+    if (before < sinks) | (before + count > total - recents):
+        rank = before + tl.cumsum(live.to(tl.int32), 0)
+        forced = live & ((rank <= sinks) | (rank > total - recents))
+    return forced, before + count
+
+
+@triton.jit
 def soft_cap(x, cap):
     """Cap * tanh(x / cap), to float32 precision; small arguments by the series of tanh."""
     x = x / cap

@@ -9,12 +9,14 @@ from loki_attn.kernels.triton.jit_rows import (
     HIDDEN,
     bins_of,
     product,
+    protected_rows,
     row_offsets,
     rows_held,
     soft_cap,
     sort_keys,
     tile_offsets,
     visible_rows,
+    visible_so_far,
 )
 
 _FAR_BELOW = tl.constexpr(-1.0e30)
@@ -229,10 +231,11 @@ def _log_sum_exp(
         "scales_h",
         "table_b",
         "mask_b",
+        "seen_b",
     ]
 )
 def rank_rows(
-    keys, bins, stats, edges, plane, plane_b, plane_h, plane_t, scales, scales_b, scales_h,
+    keys, bins, stats, seen, seen_b, plane, plane_b, plane_h, plane_t, scales, scales_b, scales_h,
     query, factors, table, table_b, lengths, mask, mask_b, sink_logits, capacity, split_rows,
     sinks, recents, softcap,
     CHOOSERS: tl.constexpr, SHARE: tl.constexpr, HEADS: tl.constexpr, GP: tl.constexpr,
@@ -244,10 +247,9 @@ def rank_rows(
     """Write every row's sort key, int32 [rows, capacity], and a split's counts of bins.
 
     Grid: batch * choosers, splits. A row's score is the sum over the heads, or the largest, of its
-    logits or, with WEIGHTS, of its soft-max weights by the sums of `sum_weights`. `edges` int32
-    [batch, 2] says, with a mask, where sinks end and recents begin. `bins` is int32 [rows, splits,
-    512]. Programs go from the last rows to the first: what `sum_weights` read last is still in the
-    cache.
+    logits or, with WEIGHTS, of its soft-max weights by the sums of `sum_weights`. With a mask
+    `seen` says how many rows of each split are visible. `bins` is int32 [rows, splits, 512].
+    Programs go from the last rows to the first: what `sum_weights` read last is still in the cache.
     """
     split = tl.num_programs(1) - 1 - tl.program_id(1)
     row = (tl.num_programs(0) - 1 - tl.program_id(0)).to(tl.int64)
@@ -256,11 +258,7 @@ def rank_rows(
     kv = chooser // SHARE
     held = rows_held(b, lengths, capacity, RAGGED)
     if MASKED:
-        sink_end = tl.load(edges + 2 * b)
-        recent_start = tl.load(edges + 2 * b + 1)
-    else:
-        sink_end = sinks
-        recent_start = held - recents
+        before, total = visible_so_far(seen + b * seen_b, split, SP)
     heads = tl.arange(0, GP)
     if WEIGHTS:
         known = _log_sum_exp(stats, sink_logits, row, chooser * HEADS, SP, HEADS, GP, SINKS)
@@ -280,7 +278,11 @@ def rank_rows(
             score = tl.max(tl.where(real, logits, float("-inf")), 1)
         else:
             score = tl.sum(tl.where(real, logits, 0.0), 1)
-        key = tl.where((t < sink_end) | (t >= recent_start), FORCED, sort_keys(score))
+        if MASKED:
+            forced, before = protected_rows(live, before, total, sinks, recents)
+        else:
+            forced = (t < sinks) | (t >= held - recents)
+        key = tl.where(forced, FORCED, sort_keys(score))
         key = tl.where(live, key, HIDDEN)
         tl.store(keys + row * capacity + t, key, mask=t < held)
         which = bins_of(key, "weights" if WEIGHTS else "logits")

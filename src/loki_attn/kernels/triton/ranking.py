@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from loki_attn.kernels.triton import device, tuning
-from loki_attn.kernels.triton.choosing import Ranked, edges_of, mask_stride
+from loki_attn.kernels.triton.choosing import Ranked, mask_stride, row_stride, visible_in_splits
 from loki_attn.kernels.triton.jit_query import map_query
 from loki_attn.kernels.triton.jit_rows import BINS
 from loki_attn.kernels.triton.jit_score import rank_rows, score_rows, sum_weights
@@ -62,7 +62,7 @@ def map_queries(
         DIM=dim, RANK=lead.rank, RP=lead.padded_rank,
         KIND=lead.kind, MAPPED=query_map is not None, WORDS=words,
         PRECISION=device.mapping_precision(), STEP=tuning.map_block(lead.padded_rank),
-        num_warps=4, num_stages=2,
+        num_warps=4, num_stages=1,
     )  # fmt: skip
     return Asked(asked, factors, heads)
 
@@ -102,7 +102,9 @@ class Ranking:
         row_bytes = self.lead.padded_rank * max(self.lead.plane.itemsize, self.asked.words.itemsize)
         cut = tuning.score_cut(self.lead.kind, self.asked.heads, row_bytes)
         busy = device.programs_wanted(self.lead.plane.device)
-        return cut, *tuning.splits_of(self.held.capacity, self.rows, cut.block, busy)
+        capacity = self.held.capacity
+        splits = tuning.splits_of(capacity, self.rows, cut.block, busy, tuning.RANK_SPLITS)
+        return cut, *splits
 
     def tensors(self) -> tuple[object, ...]:
         """The arguments that scoring kernels share: lead, scales, query."""
@@ -156,7 +158,7 @@ def rank(
     constants = ranking.constants(cut) | {
         "PAGE": held.page_rows, "MASKED": mask is not None, "RAGGED": lengths is not None,
     }  # fmt: skip
-    edges = edges_of(held, mask, ranking.batch, sinks, recents) if mask is not None else like
+    seen = visible_in_splits(held, mask, ranking.batch, splits, split_rows, like)
     softcap = ranking.call.softcap or 1.0
     stats = like.new_empty((rows, splits, 2, ranking.asked.heads))
     if weights:
@@ -166,9 +168,9 @@ def rank(
     keys = like.new_empty((rows, capacity), dtype=torch.int32)
     bins = like.new_empty((rows, splits, BINS.value), dtype=torch.int32)
     rank_rows[(rows, splits)](
-        keys, bins, stats, edges, *ranking.tensors(), *ranking.places(),
+        keys, bins, stats, seen, row_stride(seen), *ranking.tensors(), *ranking.places(),
         like if sink_logits is None else sink_logits, capacity, split_rows, sinks, recents, softcap,
-        WEIGHTS=weights, LARGEST=not how.endswith("sum"), SP=tuning.MOST_SPLITS,
+        WEIGHTS=weights, LARGEST=not how.endswith("sum"), SP=tuning.RANK_SPLITS,
         SINKS=sink_logits is not None, **constants,
     )  # fmt: skip
     return Ranked(keys, bins, "weights" if weights else "logits", split_rows)

@@ -10,8 +10,11 @@ from typing import Final, final
 
 from loki_attn.kernels.triton.request import power_of_two
 
-# Splits of one row that meet again: `rank_rows` and `merge` hold one number of each in a program.
-MOST_SPLITS: Final = 64
+# Splits of one list, at most: a program of `merge` holds a part of the output for each.
+MERGED_SPLITS: Final = 64
+# Splits of one row that is ranked: every program of `compact` reads the bins of all of them, 2 KiB
+# each, so more of them would soon cost more than the lead.
+RANK_SPLITS: Final = 32
 
 
 @final
@@ -54,7 +57,6 @@ def score_cut(kind: str, heads: int, row_bytes: int) -> Cut:
 CHOOSE: Final = Cut(block=1024, warps=4)
 # One program refines a whole row's candidates, which all wait for it: many warps.
 REFINE: Final = Cut(block=4096, warps=16)
-EDGES: Final = Cut(block=4096, warps=8)
 APPEND: Final = Cut(block=16, warps=4)
 
 
@@ -64,13 +66,13 @@ def map_block(rank: int) -> int:
 
 
 def attend_cut(row_bytes: int) -> Cut:
-    """For exact attention: 64 gathered rows in flight twice over; fewer where rows are long."""
-    if row_bytes <= 256:
-        return Cut(block=64, warps=4, stages=3)
-    return Cut(block=32, warps=4, stages=2) if row_bytes <= 512 else Cut(16, 4, stages=2)
+    """For exact attention: 64 gathered rows in flight twice over; of long rows 32 to more warps."""
+    return Cut(64, warps=4, stages=3) if row_bytes <= 256 else Cut(32, warps=8, stages=2)
 
 
-def splits_of(rows: int, choosers: int, block: int, programs: int) -> tuple[int, int]:
+def splits_of(
+    rows: int, choosers: int, block: int, programs: int, most: int = RANK_SPLITS
+) -> tuple[int, int]:
     """Cut `rows` rows of each of `choosers` into splits of whole blocks.
 
     Args:
@@ -78,12 +80,13 @@ def splits_of(rows: int, choosers: int, block: int, programs: int) -> tuple[int,
         choosers: Lists that are cut alike.
         block: Rows that a program handles at a time.
         programs: Programs that keep the device busy.
+        most: Splits at most.
 
     Returns:
-        The number of splits, 1 to 64, and the rows of each.
+        The number of splits and the rows of each.
     """
     blocks = max(1, -(-rows // block))
-    wanted = min(MOST_SPLITS, blocks, max(1, -(-programs // max(choosers, 1))))
+    wanted = min(most, blocks, max(1, -(-programs // max(choosers, 1))))
     each = -(-blocks // wanted)
     return -(-blocks // each), each * block
 
