@@ -18,6 +18,7 @@ from loki_attn.types import AttentionCall, LayerShape
 SHAPE = LayerShape(index=0, num_heads=4, num_kv_heads=2, head_dim=16, value_dim=24)
 CAPACITY = 37
 HELD = 29
+COUNT = torch.tensor([HELD])
 CALL = AttentionCall(scaling=0.25)
 FORMS = {
     **{kind: Loki(rank=6, plane_dtype=kind) for kind in ("int8", "int4", "bf16", "fp32")},
@@ -70,7 +71,7 @@ def test_a_step_is_that_of_the_straight_line(form):
     layer = bound(FORMS[form])
     rows, cache, query = filled(layer)
     expected, _ = decode(query, cache, layer, CALL)
-    got = step(query, rows, layer, CALL, written())
+    got = step(query, rows, layer, CALL, written(), COUNT)
     torch.testing.assert_close(got, expected, atol=2e-6, rtol=1e-5)
 
 
@@ -100,8 +101,8 @@ def test_taking_over_writes_what_appending_would_have(monkeypatch):
         keys[:, :, :HELD] = torch.randn(2, 2, HELD, 16)
         values[:, :, :HELD] = torch.randn(2, 2, HELD, 24)
         taken = static_rows(layer.selector, keys, values, filled=True)
-        expected = step(query, appended, layer, CALL, written())
-        torch.testing.assert_close(step(query, taken, layer, CALL, written()), expected)
+        expected = step(query, appended, layer, CALL, written(), COUNT)
+        torch.testing.assert_close(step(query, taken, layer, CALL, written(), COUNT), expected)
 
 
 @pytest.mark.parametrize("how", ["softmax_sum", "softmax_max", "max", "sum", "none"])
@@ -112,7 +113,7 @@ def test_groups_agree_as_on_the_straight_line(how):
     visible[1, ..., :9] = False
     expected, _ = decode(query, cache, layer, CALL, visible)
     slots = torch.cat([visible, visible.new_zeros(2, 1, 1, CAPACITY - HELD)], -1)
-    torch.testing.assert_close(step(query, rows, layer, CALL, slots), expected)
+    torch.testing.assert_close(step(query, rows, layer, CALL, slots, COUNT), expected)
 
 
 @pytest.mark.parametrize("form", ["int8", "rotated"])
@@ -120,16 +121,18 @@ def test_a_compiler_may_rely_on_the_ops(form):
     """Schemas, shapes without data, what is written to: checked by torch itself."""
     layer = bound(FORMS[form])
     rows, _, query = filled(layer)
-    maps, sizes = (rows.query_map, written(), torch.tensor([7])), (7, 1, 2, "softmax_sum", 0.25)
+    maps, sizes = (
+        (rows.query_map, written(), torch.tensor([7]), COUNT),
+        (7, 1, 2, "softmax_sum", 0.25),
+    )
     storage = rows.keys, rows.values, rows.plane, rows.scales
     torch.library.opcheck(
         torch.ops.loki_attn.step.default,
         (query, query, *storage, *maps, None, rows.by, rows.rank, *sizes, None),
     )
     key, value = torch.randn(2, 2, 3, 16), torch.randn(2, 2, 3, 24)
-    held = torch.tensor([HELD])
     torch.library.opcheck(
-        torch.ops.loki_attn.append.default, (key, value, *storage, rows.key_map, held, rows.by)
+        torch.ops.loki_attn.append.default, (key, value, *storage, rows.key_map, COUNT, rows.by)
     )
 
 

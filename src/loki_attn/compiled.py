@@ -156,7 +156,12 @@ def append(rows: StaticRows, selector: RowFormat, key: Tensor, value: Tensor, he
 
 
 def step(
-    query: Tensor, rows: StaticRows, layer: LayerPolicy, call: AttentionCall, visible: Tensor
+    query: Tensor,
+    rows: StaticRows,
+    layer: LayerPolicy,
+    call: AttentionCall,
+    visible: Tensor,
+    held: Tensor,
 ) -> Tensor:
     """One sparse decode step over storage of fixed size; the new row is already written.
 
@@ -168,6 +173,7 @@ def step(
         layer: The bound policy.
         call: What the model asks of the attention.
         visible: bool [batch or 1, 1, 1, capacity]; hides what is not written.
+        held: int64 [1] on the device of the rows: how many are written.
 
     Returns:
         [batch, heads, 1, value_dim] in the query's dtype.
@@ -184,6 +190,7 @@ def step(
         rows.query_map,
         visible,
         cast("Tensor", reading.counts),
+        held,
         call.sink_logits,
         rows.by,
         rows.rank,
@@ -260,6 +267,7 @@ def _step(  # noqa: PLR0913 - an op takes tensors and numbers, not objects
     query_map: Tensor | None,
     visible: Tensor,
     counts: Tensor,
+    held: Tensor,
     sink_logits: Tensor | None,
     by: str,
     rank: int,
@@ -280,7 +288,7 @@ def _step(  # noqa: PLR0913 - an op takes tensors and numbers, not objects
         found = keys[..., :rank]
     lead = Lead(found, scales, query_map)
     call = AttentionCall(scaling=scaling, softcap=softcap, sink_logits=sink_logits)
-    reading = Reading(counts=counts, sinks=sinks, recents=recents, most=most)
+    reading = Reading(counts=counts, sinks=sinks, recents=recents, most=most, held=held)
     agree = cast("GroupReduce", how)
     done = ops().step(query, rows_query, keys, values, lead, reading, agree, call, visible)
     if done is not None:

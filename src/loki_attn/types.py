@@ -141,6 +141,8 @@ class Reading:
         dense_below: With `mass`: where at most this many rows are visible, all are read.
         most: A bound on counts that is known without looking at a tensor; None where the scores
             decide.
+        held: int64 [1] on the device: rows that are written of storage of fixed size, where others
+            are hidden; None where all are. It says nothing that a mask does not say, but sooner.
     """
 
     counts: int | Tensor | None
@@ -151,6 +153,7 @@ class Reading:
     floor: int = 1
     dense_below: int = 0
     most: int | None = None
+    held: Tensor | None = None
 
 
 @final

@@ -1,5 +1,6 @@
 """A decode step in Triton: what it reads is right, and what comes out fits what it read."""
 
+from dataclasses import replace
 from typing import get_args
 
 import pytest
@@ -292,6 +293,26 @@ def test_recency_reads_sinks_and_the_last_rows(how, masked):
         ]
         assert found == wanted
     check_attended(out, *rows, marked(selection.indices, 70, 4), call, budget=False)
+
+
+@pytest.mark.parametrize("by", ["int8", "recency"])
+@pytest.mark.parametrize("held", [1, 70])
+def test_storage_that_is_hardly_filled_is_shared_out_alike(by, held):
+    """How many rows are written only says who reads which: the result is that of the mask alone."""
+    query, keys, values = rows_of(4, 2, 300)
+    lead = Lead(None) if by == "recency" else lead_of(keys[..., :9], "int8", None)[0]
+    visible = (torch.arange(300) < held).expand(2, 1, 1, -1).clone()
+    visible[1, ..., : held // 3] = False
+    reading = masked_reading(visible, 13, 20, sinks=2, recents=3)
+    call, found = AttentionCall(scaling=0.2), []
+    for known in (None, torch.tensor([held])):
+        own = replace(reading, held=known)
+        with small_blocks():
+            found.append(step_of(query, keys, values, lead, own, "softmax_sum", call, visible))
+    (out, chosen), (out_known, chosen_known) = found
+    assert torch.equal(chosen.indices, chosen_known.indices)
+    assert torch.equal(chosen.counts, chosen_known.counts)
+    torch.testing.assert_close(out, out_known)
 
 
 def test_a_budget_by_mass_has_no_fused_form():

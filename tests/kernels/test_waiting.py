@@ -65,7 +65,7 @@ def test_a_step_over_fixed_storage_never_waits(name, monkeypatch):
         monkeypatch.setattr(compiled, name, getattr(compiled, name)._init_fn)
     with NobodyWaits():
         compiled.append(rows, layer.selector, key, value, held)
-        out = compiled.step(query, rows, layer, CALL, visible)
+        out = compiled.step(query, rows, layer, CALL, visible, held + WRITTEN)
     assert bool(out.isfinite().all())
 
 

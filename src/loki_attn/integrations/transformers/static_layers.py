@@ -159,7 +159,8 @@ class LokiStaticLayer(StaticLayer):
                 f"[batch, 1, {tokens}, {self.max_cache_len}], got {list(visible.shape)}."
             )
         if tokens == 1 and visible is not None:
-            return step(query, self.rows, self._policy, call, visible)
+            held = self.cumulative_length.view(1)
+            return step(query, self.rows, self._policy, call, visible, held)
         rows_query = self._policy.selector.query_rows(query)
         return dense_over_slots(rows_query, self.keys, self.values, self, call, visible)
 

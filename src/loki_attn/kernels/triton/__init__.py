@@ -1,9 +1,10 @@
 """The ops in Triton for NVIDIA GPUs, and in Triton's interpreter for tests without one.
 
-A decode step is at most eight launches with nothing to wait for between them: the query's map, a
-pass over the lead for the soft-max sums of its heads, one for the scores, two for the choice, one
-or two for the attention. Rows are only gathered once they are chosen; scores leave the chip as 4
-bytes a row. What is not served is refused with `Unserved` before anything is done.
+A decode step is up to eight kernels with nothing to wait for between them: visible rows counted,
+the query mapped, a pass over the lead for the soft-max sums of its heads, one for the scores, two
+for the choice, one or two for the attention. Rows are only gathered once they are chosen; scores
+leave the chip as 4 bytes a row. What is not served is refused with `Unserved` before anything is
+done.
 """
 
 import torch
@@ -122,7 +123,7 @@ def step(  # noqa: PLR0913 - what its three parts take together
 ) -> tuple[Tensor, Selection] | None:
     """Score, choose and attend without waiting; see `reference.step` and `attention.decode`."""
     mask = None if visible is None else visible[:, 0, 0]
-    held = Held(keys=keys, values=values)
+    held = Held(keys=keys, values=values, lengths=reading.held)
     return step_over(held, query, rows_query, lead, reading, how, call, mask)
 
 
@@ -174,13 +175,13 @@ def step_over(
     if most is None:
         most = int(counts.max()) if isinstance(counts, Tensor) else counts
     with on(keys):
-        ranked = _ranked(held, query, lead, reading, how, who, call, mask)
+        ranked = _ranked(held, query, lead, reading, how, who, call, mask, sink_logits)
         chosen = choosing.choose(ranked, batch, counts, max(most, 1), held.lengths)
         out, _ = attending.attend(rows_query, held, chosen, who, call, sink_logits)
     return out, chosen
 
 
-def _ranked(
+def _ranked(  # noqa: PLR0913 - all that a ranking follows from
     held: Held,
     query: Tensor,
     lead: Lead,
@@ -189,10 +190,10 @@ def _ranked(
     who: Choosers,
     call: AttentionCall,
     mask: Tensor | None,
+    sink_logits: Tensor | None,
 ) -> choosing.Ranked:
     """Give every row a sort key, by its lead or by its age."""
     batch, counts = query.shape[0], reading.counts
-    sink_logits = sink_logits_of(call, query.shape[1], query)
     if lead.plane is None and counts is not None:
         return choosing.rank_by_recency(held, mask, batch, who.count, counts, reading.sinks)
     form = lead_form(lead)

@@ -28,13 +28,15 @@ class Ranked:
         keys: int32 [rows, capacity].
         bins: int32 [rows, splits, 512].
         kind: What the bins divide.
-        split_rows: Rows of a split.
+        split_rows: Rows of a split of full storage.
+        unit: Rows that splits are made of.
     """
 
     keys: Tensor
     bins: Tensor
     kind: str
     split_rows: int
+    unit: int
 
 
 def order(scores: Tensor, visible: Tensor, forced: Tensor) -> Ranked:
@@ -56,7 +58,7 @@ def order(scores: Tensor, visible: Tensor, forced: Tensor) -> Ranked:
         forced, *forced.stride()[:2], capacity, split_rows,
         CHOOSERS=choosers, BLOCK=cut.block, num_warps=cut.warps,
     )  # fmt: skip
-    return Ranked(keys, bins, "exponent", split_rows)
+    return Ranked(keys, bins, "exponent", split_rows, cut.block)
 
 
 def rank_by_recency(
@@ -78,17 +80,18 @@ def rank_by_recency(
     splits, split_rows = tuning.splits_of(capacity, rows, cut.block, busy, tuning.RANK_SPLITS)
     counted = isinstance(counts, Tensor)
     given, wanted = (counts, 0) if isinstance(counts, Tensor) else (like, counts)
-    seen = visible_in_splits(held, mask, batch, splits, split_rows, like)
+    seen = visible_in_splits(held, mask, batch, (splits, split_rows, cut.block), like)
     keys = like.new_empty((rows, capacity), dtype=torch.int32)
     bins = like.new_empty((rows, splits, BINS.value), dtype=torch.int32)
     mark_recent[(rows, splits)](
         keys, bins, seen, row_stride(seen), given, row_stride(given),
-        like if lengths is None else lengths, like if mask is None else mask, mask_stride(mask),
+        like if lengths is None else lengths, 0 if lengths is None else row_stride(lengths),
+        like if mask is None else mask, mask_stride(mask),
         capacity, split_rows, sinks, wanted,
         CHOOSERS=choosers, BLOCK=cut.block, SP=tuning.RANK_SPLITS, MASKED=mask is not None,
         RAGGED=lengths is not None, COUNTED=counted, num_warps=cut.warps,
     )  # fmt: skip
-    return Ranked(keys, bins, "exponent", split_rows)
+    return Ranked(keys, bins, "exponent", split_rows, cut.block)
 
 
 def choose(
@@ -101,7 +104,7 @@ def choose(
         batch: Batch rows.
         counts: How many: a number, or int64 [batch or 1, ...] on the device.
         most: A bound on them.
-        lengths: int32 [batch], rows of each batch row; None where all count.
+        lengths: int [batch or 1], rows of each batch row; None where all count.
     """
     keys, bins = ranked.keys, ranked.bins
     rows, capacity = keys.shape
@@ -114,9 +117,10 @@ def choose(
     wanted = 0 if isinstance(counts, Tensor) else counts
     compact[(rows, bins.shape[1])](
         list_rows, list_keys, listed, keys, bins, given, stride, wanted,
-        keys if lengths is None else lengths, capacity, ranked.split_rows,
-        CHOOSERS=choosers, KIND=ranked.kind, BLOCK=tuning.CHOOSE.block, COUNTED=counted,
-        RAGGED=lengths is not None, num_warps=tuning.CHOOSE.warps,
+        keys if lengths is None else lengths, 0 if lengths is None else row_stride(lengths),
+        capacity, ranked.split_rows,
+        CHOOSERS=choosers, KIND=ranked.kind, BLOCK=tuning.CHOOSE.block, UNIT=ranked.unit,
+        COUNTED=counted, RAGGED=lengths is not None, num_warps=tuning.CHOOSE.warps,
     )  # fmt: skip
     indices = keys.new_empty((batch, choosers, most), dtype=torch.int64)
     found = keys.new_empty((batch, choosers), dtype=torch.int64)
@@ -129,20 +133,28 @@ def choose(
 
 
 def visible_in_splits(
-    held: Held, mask: Tensor | None, batch: int, splits: int, split_rows: int, like: Tensor
+    held: Held, mask: Tensor | None, batch: int, cut: tuple[int, int, int], like: Tensor
 ) -> Tensor:
     """How many rows of each split are visible: int32 [batch or 1, splits].
 
-    Where there is no mask nobody reads it, and `like` stands for it.
+    Args:
+        held: The rows.
+        mask: bool [batch or 1, capacity]; where there is none nobody reads the counts, and `like`
+            stands for them.
+        batch: Batch rows.
+        cut: Splits, rows of one of full storage, and rows that they are made of.
+        like: On the device.
     """
     if mask is None:
         return like
-    lengths = held.lengths
-    masks = mask.shape[0] if lengths is None else batch
+    lengths, (splits, split_rows, unit) = held.lengths, cut
+    shared = mask.shape[0] == 1 and (lengths is None or lengths.shape[0] == 1)
+    masks = 1 if shared else batch
     seen = mask.new_empty((masks, splits), dtype=torch.int32)
     count_visible[(masks, splits)](
-        seen, mask, mask_stride(mask), seen if lengths is None else lengths, held.capacity,
-        split_rows, BLOCK=tuning.CHOOSE.block, RAGGED=lengths is not None,
+        seen, mask, mask_stride(mask), seen if lengths is None else lengths,
+        0 if lengths is None else row_stride(lengths), held.capacity, split_rows,
+        BLOCK=tuning.CHOOSE.block, UNIT=unit, RAGGED=lengths is not None,
         num_warps=tuning.CHOOSE.warps,
     )  # fmt: skip
     return seen

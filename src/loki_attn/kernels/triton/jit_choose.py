@@ -13,6 +13,7 @@ from loki_attn.kernels.triton.jit_rows import (
     FORCED,
     HIDDEN,
     bins_of,
+    part_of,
     protected_rows,
     rows_held,
     sort_keys,
@@ -23,31 +24,40 @@ from loki_attn.kernels.triton.jit_rows import (
 _CHUNK = tl.constexpr(8)
 
 
-@triton.jit(do_not_specialize=["mask_b", "capacity", "split_rows"])
+@triton.jit(do_not_specialize=["mask_b", "lengths_b", "capacity", "split_rows"])
 def count_visible(
-    seen, mask, mask_b, lengths, capacity, split_rows, BLOCK: tl.constexpr, RAGGED: tl.constexpr
+    seen,
+    mask,
+    mask_b,
+    lengths,
+    lengths_b,
+    capacity,
+    split_rows,
+    BLOCK: tl.constexpr,
+    UNIT: tl.constexpr,
+    RAGGED: tl.constexpr,
 ):
     """How many rows of each split are visible: int32 [masks, splits]. Grid: masks, splits."""
     b = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)
-    held = rows_held(b, lengths, capacity, RAGGED)
+    held = rows_held(b, lengths, lengths_b, capacity, RAGGED)
+    first, last = part_of(split, held, split_rows, UNIT)
     count = 0
-    for start in range(split * split_rows, tl.minimum((split + 1) * split_rows, held), BLOCK):
+    for start in range(first, last, BLOCK):
         t = start + tl.arange(0, BLOCK)
-        live = t < tl.minimum((split + 1) * split_rows, held)
-        live = visible_rows(t, b, held, mask, mask_b, True) & live
+        live = visible_rows(t, b, held, mask, mask_b, True) & (t < last)
         count += tl.sum(live.to(tl.int32), 0)
     tl.store(seen + b * tl.num_programs(1) + split, count)
 
 
 @triton.jit(
     do_not_specialize=[
-        "counts_b", "seen_b", "mask_b", "capacity", "split_rows", "sinks", "wanted"
+        "counts_b", "seen_b", "mask_b", "lengths_b", "capacity", "split_rows", "sinks", "wanted"
     ]
 )  # fmt: skip
 def mark_recent(
-    keys, bins, seen, seen_b, counts, counts_b, lengths, mask, mask_b, capacity, split_rows,
-    sinks, wanted, CHOOSERS: tl.constexpr, BLOCK: tl.constexpr, SP: tl.constexpr,
+    keys, bins, seen, seen_b, counts, counts_b, lengths, lengths_b, mask, mask_b, capacity,
+    split_rows, sinks, wanted, CHOOSERS: tl.constexpr, BLOCK: tl.constexpr, SP: tl.constexpr,
     MASKED: tl.constexpr, RAGGED: tl.constexpr, COUNTED: tl.constexpr,
 ):  # fmt: skip
     """Sort keys for reading by recency: sinks and the last rows, as many as are wanted in all.
@@ -60,11 +70,12 @@ def mark_recent(
     if COUNTED:
         wanted = tl.load(counts + b * counts_b).to(tl.int32)
     recents = tl.maximum(wanted - sinks, 0)
-    held = rows_held(b, lengths, capacity, RAGGED)
+    held = rows_held(b, lengths, lengths_b, capacity, RAGGED)
     if MASKED:
         before, total = visible_so_far(seen + b * seen_b, split, SP)
     counted = 0
-    for start in range(split * split_rows, tl.minimum((split + 1) * split_rows, held), BLOCK):
+    first, last = part_of(split, held, split_rows, BLOCK)
+    for start in range(first, last, BLOCK):
         t = start + tl.arange(0, BLOCK)
         live = visible_rows(t, b, held, mask, mask_b, MASKED)
         if MASKED:
@@ -115,11 +126,11 @@ def _lowest_bin(total, wanted):
     return tl.maximum(tl.sum((at_least >= wanted).to(tl.int32), 0) - 1, 0)
 
 
-@triton.jit(do_not_specialize=["capacity", "split_rows", "wanted", "counts_b"])
+@triton.jit(do_not_specialize=["capacity", "split_rows", "wanted", "counts_b", "lengths_b"])
 def compact(
-    list_rows, list_keys, listed, keys, bins, counts, counts_b, wanted, lengths, capacity,
-    split_rows, CHOOSERS: tl.constexpr, KIND: tl.constexpr, BLOCK: tl.constexpr,
-    COUNTED: tl.constexpr, RAGGED: tl.constexpr,
+    list_rows, list_keys, listed, keys, bins, counts, counts_b, wanted, lengths, lengths_b,
+    capacity, split_rows, CHOOSERS: tl.constexpr, KIND: tl.constexpr, BLOCK: tl.constexpr,
+    UNIT: tl.constexpr, COUNTED: tl.constexpr, RAGGED: tl.constexpr,
 ):  # fmt: skip
     """List, in order, the rows that reach the bin of the k-th best, with their keys.
 
@@ -141,13 +152,14 @@ def compact(
         total += tl.sum(part, 0)
         before += tl.sum(tl.where((of < split)[:, None], part, 0), 0)
     lowest = _lowest_bin(total, wanted)
-    held = rows_held(row // CHOOSERS, lengths, capacity, RAGGED)
+    held = rows_held(row // CHOOSERS, lengths, lengths_b, capacity, RAGGED)
     at = tl.sum(tl.where(which >= lowest, before, 0), 0)
     if split == 0:
         tl.store(listed + row, tl.sum(tl.where(which >= lowest, total, 0), 0))
-    for start in range(split * split_rows, tl.minimum((split + 1) * split_rows, held), BLOCK):
+    first, last = part_of(split, held, split_rows, UNIT)
+    for start in range(first, last, BLOCK):
         t = start + tl.arange(0, BLOCK)
-        key = tl.load(keys + row * capacity + t, mask=t < held, other=HIDDEN)
+        key = tl.load(keys + row * capacity + t, mask=t < last, other=HIDDEN)
         taken = (key != HIDDEN) & (bins_of(key, KIND) >= lowest)
         slot = at + tl.cumsum(taken.to(tl.int32), 0) - 1
         tl.store(list_rows + row * capacity + slot, t, mask=taken)

@@ -40,11 +40,24 @@ def tile_offsets(
 
 
 @triton.jit
-def rows_held(b, lengths, capacity, RAGGED: tl.constexpr):
+def rows_held(b, lengths, lengths_b, capacity, RAGGED: tl.constexpr):
     """How many rows a batch row holds."""
     if RAGGED:
-        return tl.minimum(tl.load(lengths + b).to(tl.int32), capacity)
+        return tl.minimum(tl.load(lengths + b * lengths_b).to(tl.int32), capacity)
     return capacity
+
+
+@triton.jit
+def part_of(split, held, split_rows, UNIT: tl.constexpr):
+    """The first row of a split and the first one behind it.
+
+    The rows held are shared out in whole units, so that storage that is not full yet leaves no
+    program idle; `split_rows` is what a split has of full storage.
+    """
+    splits = tl.num_programs(1)
+    each = (held + splits * UNIT - 1) // (splits * UNIT) * UNIT
+    each = tl.minimum(each, split_rows)
+    return split * each, tl.minimum((split + 1) * each, held)
 
 
 @triton.jit

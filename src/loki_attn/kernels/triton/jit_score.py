@@ -8,6 +8,7 @@ from loki_attn.kernels.triton.jit_rows import (
     FORCED,
     HIDDEN,
     bins_of,
+    part_of,
     product,
     protected_rows,
     row_offsets,
@@ -156,11 +157,19 @@ def block_logits(
 
 
 @triton.jit(
-    do_not_specialize=["capacity", "split_rows", "scales_b", "scales_h", "table_b", "mask_b"]
+    do_not_specialize=[
+        "capacity",
+        "split_rows",
+        "scales_b",
+        "scales_h",
+        "table_b",
+        "mask_b",
+        "lengths_b",
+    ]
 )
 def sum_weights(
     stats, plane, plane_b, plane_h, plane_t, scales, scales_b, scales_h, query, factors,
-    table, table_b, lengths, mask, mask_b, capacity, split_rows, softcap,
+    table, table_b, lengths, lengths_b, mask, mask_b, capacity, split_rows, softcap,
     CHOOSERS: tl.constexpr, SHARE: tl.constexpr, HEADS: tl.constexpr, GP: tl.constexpr,
     KIND: tl.constexpr, LINES: tl.constexpr, RANK: tl.constexpr, RP: tl.constexpr,
     BLOCK: tl.constexpr, PAGE: tl.constexpr, MASKED: tl.constexpr, RAGGED: tl.constexpr,
@@ -175,10 +184,11 @@ def sum_weights(
     row = tl.program_id(0).to(tl.int64)
     b = row // CHOOSERS
     kv = (row % CHOOSERS) // SHARE
-    held = rows_held(b, lengths, capacity, RAGGED)
+    held = rows_held(b, lengths, lengths_b, capacity, RAGGED)
     peak = tl.full([BLOCK, GP], _FAR_BELOW, tl.float32)
     total = tl.zeros([BLOCK, GP], tl.float32)
-    for start in range(split * split_rows, tl.minimum((split + 1) * split_rows, held), BLOCK):
+    first, last = part_of(split, held, split_rows, BLOCK)
+    for start in range(first, last, BLOCK):
         t = start + tl.arange(0, BLOCK)
         live = visible_rows(t, b, held, mask, mask_b, MASKED)
         logits = block_logits(
@@ -194,9 +204,9 @@ def sum_weights(
     best = tl.max(peak, 0)
     whole = tl.sum(total * tl.exp(peak - best[None, :]), 0)
     heads = tl.arange(0, GP)
-    first = stats + (row * tl.num_programs(1) + split) * 2 * GP
-    tl.store(first + heads, best)
-    tl.store(first + GP + heads, whole)
+    place = stats + (row * tl.num_programs(1) + split) * 2 * GP
+    tl.store(place + heads, best)
+    tl.store(place + GP + heads, whole)
 
 
 @triton.jit
@@ -231,13 +241,14 @@ def _log_sum_exp(
         "scales_h",
         "table_b",
         "mask_b",
+        "lengths_b",
         "seen_b",
     ]
 )
 def rank_rows(
     keys, bins, stats, seen, seen_b, plane, plane_b, plane_h, plane_t, scales, scales_b, scales_h,
-    query, factors, table, table_b, lengths, mask, mask_b, sink_logits, capacity, split_rows,
-    sinks, recents, softcap,
+    query, factors, table, table_b, lengths, lengths_b, mask, mask_b, sink_logits, capacity,
+    split_rows, sinks, recents, softcap,
     CHOOSERS: tl.constexpr, SHARE: tl.constexpr, HEADS: tl.constexpr, GP: tl.constexpr,
     KIND: tl.constexpr, LINES: tl.constexpr, RANK: tl.constexpr, RP: tl.constexpr,
     BLOCK: tl.constexpr, PAGE: tl.constexpr, MASKED: tl.constexpr, RAGGED: tl.constexpr,
@@ -256,14 +267,15 @@ def rank_rows(
     b = row // CHOOSERS
     chooser = row % CHOOSERS
     kv = chooser // SHARE
-    held = rows_held(b, lengths, capacity, RAGGED)
+    held = rows_held(b, lengths, lengths_b, capacity, RAGGED)
     if MASKED:
         before, total = visible_so_far(seen + b * seen_b, split, SP)
     heads = tl.arange(0, GP)
     if WEIGHTS:
         known = _log_sum_exp(stats, sink_logits, row, chooser * HEADS, SP, HEADS, GP, SINKS)
     counted = tl.zeros([BINS], tl.int32)
-    for start in range(split * split_rows, tl.minimum((split + 1) * split_rows, held), BLOCK):
+    first, last = part_of(split, held, split_rows, BLOCK)
+    for start in range(first, last, BLOCK):
         t = start + tl.arange(0, BLOCK)
         live = visible_rows(t, b, held, mask, mask_b, MASKED)
         logits = block_logits(

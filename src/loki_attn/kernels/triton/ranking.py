@@ -121,7 +121,7 @@ class Ranking:
         some = self.asked.factors  # stands for what is not there; never read
         return (
             some if table is None else table, 0 if table is None else table.stride(0),
-            some if lengths is None else lengths,
+            some if lengths is None else lengths, 0 if lengths is None else row_stride(lengths),
             some if mask is None else mask, mask_stride(mask),
         )  # fmt: skip
 
@@ -158,7 +158,7 @@ def rank(
     constants = ranking.constants(cut) | {
         "PAGE": held.page_rows, "MASKED": mask is not None, "RAGGED": lengths is not None,
     }  # fmt: skip
-    seen = visible_in_splits(held, mask, ranking.batch, splits, split_rows, like)
+    seen = visible_in_splits(held, mask, ranking.batch, (splits, split_rows, cut.block), like)
     softcap = ranking.call.softcap or 1.0
     stats = like.new_empty((rows, splits, 2, ranking.asked.heads))
     if weights:
@@ -173,7 +173,7 @@ def rank(
         WEIGHTS=weights, LARGEST=not how.endswith("sum"), SP=tuning.RANK_SPLITS,
         SINKS=sink_logits is not None, **constants,
     )  # fmt: skip
-    return Ranked(keys, bins, "weights" if weights else "logits", split_rows)
+    return Ranked(keys, bins, "weights" if weights else "logits", split_rows, cut.block)
 
 
 def score(ranking: Ranking) -> Tensor:

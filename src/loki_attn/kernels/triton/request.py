@@ -26,7 +26,8 @@ class Held:
         values: The same with value_dim.
         pages: int32 [batch, most_pages]: the pages of each batch row in order; None where rows do
             not lie in pages. The lead plane and its scales lie in the same pages.
-        lengths: int32 [batch] on the device: rows of each batch row; None where all rows count.
+        lengths: int32 or int64 [batch or 1] on the device: rows of each batch row; None where all
+            rows count.
     """
 
     keys: Tensor
