@@ -136,25 +136,6 @@ def test_a_compiler_may_rely_on_the_ops(form):
     )
 
 
-@pytest.mark.parametrize("softcap", [None, 3.0])
-@pytest.mark.parametrize("sinks", [False, True])
-def test_dense_in_the_open_is_dense(softcap, sinks):
-    torch.manual_seed(0)
-    call = AttentionCall(
-        scaling=0.25, softcap=softcap, sink_logits=torch.randn(4) if sinks else None
-    )
-    query, keys, values = (
-        torch.randn(2, 4, 5, 16), torch.randn(2, 2, 9, 16), torch.randn(2, 2, 9, 24)
-    )  # fmt: skip
-    visible = torch.rand(2, 1, 5, 9) < 0.6
-    visible[0, 0, 2] = False  # a query of padding sees nothing
-    expected = ops().dense(query, keys, values, visible, call, causal=True)
-    torch.testing.assert_close(compiled.dense(query, keys, values, visible, call), expected)
-    keys, values = keys[:, :, :5], values[:, :, :5]
-    expected = ops().dense(query, keys, values, None, call, causal=True)
-    torch.testing.assert_close(compiled.dense(query, keys, values, None, call), expected)
-
-
 def test_reasons_are_said():
     assert why_not_static(bound(FORMS["int8"])) is None
     reasons = {

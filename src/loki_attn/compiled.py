@@ -12,15 +12,15 @@ from typing import Any, Final, Literal, Self, cast, final
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from loki_attn.attention import LayerPolicy
 from loki_attn.cache import LayerCache
 from loki_attn.kernels import ops
 from loki_attn.pieces.lead_plane import map_keys, quantise_rows
 from loki_attn.row_format import RowFormat
-from loki_attn.select.base import Selector, map_query
+from loki_attn.select.base import Selector
 from loki_attn.tiles import CODE_KINDS, TILE_ROWS, Kind, Tiles, tile_dtype, tiles_shape, to_columns
+from loki_attn.traceable import attend_rows, best_rows, scores_of
 from loki_attn.types import AppendRequest, AttentionCall, GroupReduce, Lead, Reading
 
 Ranks = Literal["fp32", "bf16", "int8", "int4", "keys", "recency"]
@@ -204,58 +204,6 @@ def step(
     return out
 
 
-def dense(
-    query: Tensor, keys: Tensor, values: Tensor, visible: Tensor | None, call: AttentionCall
-) -> Tensor:
-    """Dense attention that a compiler can look into; eagerly, `ops().dense` is the one to use.
-
-    Args:
-        query: [batch, heads, q_len, head_dim].
-        keys: [batch, kv_heads, T, head_dim].
-        values: [batch, kv_heads, T, value_dim]; rows that are hidden must be finite.
-        visible: bool [batch or 1, 1, q_len, T], or None where query i sees rows 0 to i.
-        call: Scaling, soft-cap, sink logits.
-
-    Returns:
-        [batch, heads, q_len, value_dim] in the query's dtype.
-    """
-    if call.softcap is None and call.sink_logits is None:
-        out = functional.scaled_dot_product_attention(
-            query,
-            keys,
-            values,
-            attn_mask=visible,
-            is_causal=visible is None,
-            scale=call.scaling,
-            enable_gqa=query.shape[1] != keys.shape[1],
-        )
-    else:
-        out = _dense_by_hand(query, keys, values, visible, call)
-    return out if visible is None else out.masked_fill(~visible.any(-1, keepdim=True), 0.0)
-
-
-def _dense_by_hand(
-    query: Tensor, keys: Tensor, values: Tensor, visible: Tensor | None, call: AttentionCall
-) -> Tensor:
-    """What the fused kernel of torch cannot express."""
-    batch, heads, q_len, dim = query.shape
-    kv_heads, seq = keys.shape[1], keys.shape[2]
-    wide = torch.promote_types(query.dtype, torch.float32)
-    grouped = query.to(wide).reshape(batch, kv_heads, -1, dim)
-    logits = (grouped @ keys.to(wide).mT).view(batch, heads, q_len, seq) * call.scaling
-    if call.softcap is not None:
-        logits = torch.tanh(logits / call.softcap) * call.softcap
-    if visible is None:
-        visible = torch.ones(q_len, seq, dtype=torch.bool, device=query.device).tril()
-    logits = logits.masked_fill(~visible, float("-inf"))
-    if call.sink_logits is not None:
-        sinks = call.sink_logits.to(wide)[None, :, None, None].expand(batch, -1, q_len, 1)
-        logits = torch.cat([logits, sinks], -1)
-    weights = logits.softmax(-1)[..., :seq].nan_to_num(0.0)
-    out = weights.reshape(batch, kv_heads, -1, seq) @ values.to(wide)
-    return out.view(batch, heads, q_len, -1).to(query.dtype)
-
-
 @torch.library.custom_op("loki_attn::step", mutates_args=())
 def _step(  # noqa: PLR0913 - an op takes tensors and numbers, not objects
     query: Tensor,
@@ -293,10 +241,10 @@ def _step(  # noqa: PLR0913 - an op takes tensors and numbers, not objects
     done = ops().step(query, rows_query, keys, values, lead, reading, agree, call, visible)
     if done is not None:
         return done[0]
-    scores = _scores(query, lead, visible, capacity, agree, keys.shape[1], call)
+    scores = scores_of(query, lead, visible, capacity, agree, keys.shape[1], call)
     forced = ops().protect(visible, sinks, recents)
-    indices = _best(scores[:, :, 0], counts, visible[:, :, 0], forced[:, :, 0], most)
-    return _attend(rows_query, keys, values, indices, call)
+    indices = best_rows(scores[:, :, 0], counts, visible[:, :, 0], forced[:, :, 0], most)
+    return attend_rows(rows_query, keys, values, indices, call)
 
 
 @_step.register_fake
@@ -351,40 +299,6 @@ def _append(  # noqa: PLR0913 - an op takes tensors and numbers, not objects
     columns[:, :, place // TILE_ROWS, place % TILE_ROWS] = words
 
 
-def _best(scores: Tensor, counts: Tensor, visible: Tensor, forced: Tensor, most: int) -> Tensor:
-    """The rows that `ops().choose` would name, by ops that read no number on the host.
-
-    Args:
-        scores: float32 [batch, choosers, capacity]; NaN ranks last among the visible.
-        counts: int64 [batch or 1], at most `most` and the visible rows.
-        visible: bool [batch or 1, 1, capacity].
-        forced: bool alike: rows that come first.
-        most: Width of the result.
-
-    Returns:
-        int64 [batch, choosers, most]: rows, best first, ties in their order; -1 beyond the count.
-    """
-    lowest = torch.finfo(scores.dtype).min
-    place = torch.where(forced, float("inf"), 0.0).masked_fill(~visible, float("-inf"))
-    ranked = torch.nan_to_num(scores, nan=lowest, posinf=-lowest, neginf=lowest) + place
-    order = ranked.sort(dim=-1, descending=True, stable=True).indices[..., :most]
-    slots = torch.arange(order.shape[-1], device=order.device)
-    return order.masked_fill(slots >= counts[:, None, None], -1)
-
-
-def _attend(
-    query: Tensor, keys: Tensor, values: Tensor, indices: Tensor, call: AttentionCall
-) -> Tensor:
-    """Exact attention to the rows at `indices` [batch, choosers, most], -1 for none."""
-    batch, choosers = indices.shape[:2]
-    used, rows = indices >= 0, indices.clamp(min=0)
-    first = torch.arange(batch, device=rows.device)[:, None, None]
-    share = choosers // keys.shape[1]
-    head = torch.arange(choosers, device=rows.device)[None, :, None] // share
-    seen = used[:, :, None].repeat_interleave(query.shape[1] // choosers, 1)
-    return _dense_by_hand(query, keys[first, head, rows], values[first, head, rows], seen, call)
-
-
 def _encode_held(selector: Selector, rows: StaticRows) -> None:
     """Make rows of all keys held, whichever are written, a block at a time to bound the memory."""
     if rows.plane is None and not _redefines(type(selector), "rows"):
@@ -398,22 +312,3 @@ def _encode_held(selector: Selector, rows: StaticRows) -> None:
 def _redefines(selector: type[Selector], name: str) -> bool:
     """Whether a method has its own way of something."""
     return getattr(selector, name) is not getattr(Selector, name)
-
-
-def _scores(
-    query: Tensor,
-    lead: Lead,
-    visible: Tensor,
-    capacity: int,
-    how: GroupReduce,
-    kv_heads: int,
-    call: AttentionCall,
-) -> Tensor:
-    """Scores of every slot, for the backends that have no fused step."""
-    if lead.plane is None:
-        recency = torch.arange(capacity, device=query.device, dtype=torch.float32)
-        return recency.expand(query.shape[0], kv_heads, 1, -1)
-    rank = lead.plane.rank if isinstance(lead.plane, Tiles) else lead.plane.shape[3]
-    mapped = query[..., :rank] if lead.query_map is None else map_query(query, lead.query_map)
-    logits = ops().score(mapped, lead.plane, lead.scales, call)
-    return ops().reduce_group(logits, kv_heads, how, visible, call)

@@ -220,15 +220,13 @@ FUSED_RULES = {
 
 # What is run through Triton's interpreter, which takes a fifth of a second for a decode step: every
 # kernel and every way that it can be asked. The first of them is run through all laws, the others
-# through those that neither draw examples nor decode a whole text.
+# through those that neither draw examples nor decode again and again.
 INTERPRETED = [
     "loki-0.25-planes-int8-softmax_sum",
     "exact_topk-softmax_sum",
     "loki-0.25-planes-bf16-none",
     "loki-0.25-planes-int4-max",
     "loki-0.25-rotated-int8-softmax_sum",
-    "exact_topk-softmax_max",
-    "exact_topk-sum",
     "streaming_llm-softmax_sum",
 ]
 
@@ -258,10 +256,10 @@ def repeats(item):
     if item.path.parent.name == "evict" or item.path.stem == "test_allocations":
         return True
     drawn = {label(value) for value in spec.params.values() if isinstance(value, Case)}
-    long = item.path.stem == "test_modes"
+    long = item.path.stem == "test_modes" or "twenty_repeats" in item.name
     varied = spec.indices.get("amount", 0) > 0
     if drawn <= {INTERPRETED[0]}:
-        return long and varied
+        return item.path.stem == "test_modes" and varied
     examples = getattr(item.function, "is_hypothesis_test", False)
     return long or varied or examples or not drawn <= set(INTERPRETED)
 

@@ -30,7 +30,7 @@ def compiled(request, tmp_path_factory):
         "TRITON_DEFAULT_FP_FUSION": "1",  # as it is by default, said because 3.9 asks
     }
     kept = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    more = ["also-rare"] if request.param == 90 else ["also-largest"]
+    more = ["also-rare"] if request.param == 90 else ["few-but-largest"]
     command = [sys.executable, str(PROGRAM), str(request.param), *more]
     done = subprocess.run(command, env=kept | fresh, capture_output=True, text=True, check=False)
     if done.returncode == 3:

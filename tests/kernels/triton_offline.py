@@ -1,6 +1,6 @@
 """Compile every kernel of a step for a GPU that is not here; run as a program, prints JSON.
 
-    python triton_offline.py ARCHITECTURE [also-rare] [also-largest]
+    python triton_offline.py ARCHITECTURE [also-rare] [few-but-largest]
 
 A driver that only names its target takes the place of the one of the machine, and every launch
 stops after compiling. What ptxas says of a kernel, it says once for each variant that is compiled.
@@ -24,12 +24,12 @@ from loki_attn.tiles import Tiles, tile_dtype, tiles_shape
 from loki_attn.types import AppendRequest, AttentionCall, Lead, Reading
 
 HEADS, DIM, RANK, DTYPE = 32, 128, 32, torch.bfloat16
-KINDS = ("int8", "int4", "bf16", "rows")
 RARE = "also-rare"  # ragged rows in pages, masks, recency
-LARGEST = "also-largest"  # rows and ranks of 256 float32
-GROUPS = (4, 1)
+LARGEST = "few-but-largest"  # two kinds of lead, and rows and ranks of 256 float32
 PAGE_ROWS = 64
 NOT_HERE = 3
+KINDS = ("int8", "rows") if LARGEST in sys.argv else ("int8", "int4", "bf16", "rows")
+GROUPS = (4,) if LARGEST in sys.argv else (4, 1)
 
 
 class Target:

@@ -10,11 +10,12 @@ from transformers import Cache
 from transformers.cache_utils import StaticLayer
 
 from loki_attn.attention import LayerPolicy
-from loki_attn.compiled import StaticRows, append, dense, static_rows, step
+from loki_attn.compiled import StaticRows, append, static_rows, step
 from loki_attn.errors import CacheError, UnsupportedModelError
 from loki_attn.integrations.transformers.layers import plain_tensors
 from loki_attn.kernels import ops
 from loki_attn.row_format import RowFormat
+from loki_attn.traceable import dense
 from loki_attn.types import AttentionCall
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
