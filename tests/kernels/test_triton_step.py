@@ -357,6 +357,29 @@ def test_a_mask_of_other_sizes_or_numbers_is_refused(mask):
         step_of(*rows, lead, reading, "max", AttentionCall(scaling=1.0), mask)
 
 
+@pytest.mark.parametrize(
+    ("part", "spoilt", "why"),
+    [
+        ("query_map", lambda held: held.double(), "map is contiguous float32; got torch.float64"),
+        ("query_map", lambda held: held.mT.contiguous().mT, "map is contiguous float32"),
+        (
+            "scales",
+            lambda held: held.float(),
+            "scales are float16, side by side; got torch.float32",
+        ),
+        ("scales", lambda held: held.to("meta"), "the scale of the lead lies on meta, the rows on"),
+    ],
+)
+def test_a_lead_that_lies_otherwise_is_refused(part, spoilt, why):
+    rows = there(tuple(rows_of(4, 2, 8, 16)))
+    lead, _ = lead_of(normal(2, 2, 8, 4), "int8", normal(2, 16, 4))
+    lead = there(lead)
+    lead = replace(lead, **{part: spoilt(getattr(lead, part))})
+    args = (rows[0], rows[0], rows[1], rows[2], lead, Reading(counts=2, most=2))
+    with pytest.raises(backends.Unserved, match=why):
+        kernels.step(*args, "max", AttentionCall(scaling=1.0), None)
+
+
 def test_other_devices_are_refused():
     other = "meta" if DEVICE == "cpu" else "cpu"
     rows = [r.to(other) for r in rows_of(4, 2, 8, 16)]

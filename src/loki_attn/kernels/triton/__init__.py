@@ -20,6 +20,7 @@ from loki_attn.kernels.triton.request import (
     Choosers,
     Held,
     batch_of,
+    check_lead,
     lead_form,
     mask_of,
     same_dtype,
@@ -166,6 +167,7 @@ def step_over(
     batch = batch_of(rows_query, held)
     if held.capacity == 0:
         raise Unserved("there are no rows")
+    check_lead(lead, keys.device)
     mask = mask_of(mask, batch, held)
     # By recency all query heads of a group read the same rows.
     rule: GroupReduce = "max" if lead.plane is None else how

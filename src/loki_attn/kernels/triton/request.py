@@ -88,6 +88,25 @@ def served(*tensors: Tensor | None) -> None:
             raise Unserved("the elements of a row do not lie side by side")
 
 
+def check_lead(lead: Lead, device: torch.device) -> None:
+    """Refuse a lead that lies elsewhere, or otherwise than kernels read it.
+
+    Raises:
+        Unserved: If its plane, its scales or its map do.
+    """
+    plane = lead.plane.data if isinstance(lead.plane, Tiles) else lead.plane
+    for name, part in (("plane", plane), ("scale", lead.scales), ("map", lead.query_map)):
+        if part is not None and part.device != device:
+            raise Unserved(f"the {name} of the lead lies on {part.device}, the rows on {device}")
+    scales, query_map = lead.scales, lead.query_map
+    if scales is not None and (scales.dtype != torch.float16 or scales.stride(-1) != 1):
+        raise Unserved(f"scales are float16, side by side; got {scales.dtype}")
+    if query_map is not None and (
+        query_map.dtype != torch.float32 or not query_map.is_contiguous()
+    ):
+        raise Unserved(f"the query's map is contiguous float32; got {query_map.dtype}")
+
+
 def mask_of(mask: Tensor | None, batch: int, held: Held) -> Tensor | None:
     """The mask as kernels read it, row by row.
 
