@@ -231,6 +231,10 @@ INTERPRETED = [
 ]
 
 
+# Evictions that judge rows by sums of the attention of many queries, which is a kernel, too.
+JUDGED = ["h2o-0.5-False-uniform", "snapkv-4-3-avg-mean-uniform"]
+
+
 def pytest_collection_modifyitems(config, items):
     """Leave out what the interpreter would only repeat."""
     left_out = [item for item in items if repeats(item)]
@@ -253,7 +257,10 @@ def repeats(item):
     if not by_triton(item):
         return False
     spec = item.callspec
-    if item.path.parent.name == "evict" or item.path.stem == "test_allocations":
+    if item.path.parent.name == "evict":
+        judged = any(f"[{case}-triton" in item.name for case in JUDGED)
+        return not judged or item.path.stem not in ("test_amounts", "test_batch_and_heads")
+    if item.path.stem == "test_allocations":
         return True
     drawn = {label(value) for value in spec.params.values() if isinstance(value, Case)}
     long = item.path.stem == "test_modes" or "twenty_repeats" in item.name
