@@ -27,7 +27,6 @@ def compiled(request, tmp_path_factory):
     fresh = {
         "TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("kernels")),
         "TRITON_DUMP_PTXAS_LOG": "1",
-        "TRITON_DEFAULT_FP_FUSION": "1",  # as it is by default, said because 3.9 asks
     }
     kept = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     more = ["also-rare"] if request.param == 90 else ["few-but-largest"]

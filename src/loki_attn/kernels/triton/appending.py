@@ -62,7 +62,7 @@ def _write(request: AppendRequest, form: LeadForm | None, pages: Tensor | None) 
         RANK=0 if form is None else form.rank, BLOCK=cut.block,
         PAGE=0 if pages is None else keys.shape[2], HELD=isinstance(start, Tensor),
         POSITIONED=positions is not None, PRECISION=device.mapping_precision(),
-        STEP=tuning.map_block(padded), num_warps=cut.warps, num_stages=1,
+        STEP=tuning.map_block(padded), **cut.launch,
     )  # fmt: skip
 
 

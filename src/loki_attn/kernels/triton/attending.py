@@ -52,11 +52,11 @@ def attend(
         HP=max(power_of_two(who.heads), 16), DIM=dim, DP=power_of_two(max(dim, 16)),
         VALUE_DIM=value_dim, VP=padded, BLOCK=cut.block, PAGE=held.page_rows,
         PRECISION="ieee", CAPPED=call.softcap is not None, SINKS=sink_logits is not None,
-        WHOLE=splits == 1, WIDE=device.interpreted(), num_warps=cut.warps, num_stages=cut.stages,
+        WHOLE=splits == 1, WIDE=device.interpreted(), **cut.launch,
     )  # fmt: skip
     if splits > 1:
         merge[(batch * heads,)](
             out, log_sums, parts, sums, sink, splits, HEADS=heads, SP=tuning.MERGED_SPLITS,
-            VALUE_DIM=value_dim, VP=padded, SINKS=sink_logits is not None, num_warps=4,
+            VALUE_DIM=value_dim, VP=padded, SINKS=sink_logits is not None, **tuning.MERGE.launch,
         )  # fmt: skip
     return out, log_sums

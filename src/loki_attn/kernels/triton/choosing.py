@@ -56,7 +56,7 @@ def order(scores: Tensor, visible: Tensor, forced: Tensor) -> Ranked:
     order_scores[(rows, splits)](
         keys, bins, scores, *scores.stride()[:2], visible, *visible.stride()[:2],
         forced, *forced.stride()[:2], capacity, split_rows,
-        CHOOSERS=choosers, BLOCK=cut.block, num_warps=cut.warps,
+        CHOOSERS=choosers, BLOCK=cut.block, **cut.launch,
     )  # fmt: skip
     return Ranked(keys, bins, "exponent", split_rows, cut.block)
 
@@ -89,7 +89,7 @@ def rank_by_recency(
         like if mask is None else mask, mask_stride(mask),
         capacity, split_rows, sinks, wanted,
         CHOOSERS=choosers, BLOCK=cut.block, SP=tuning.RANK_SPLITS, MASKED=mask is not None,
-        RAGGED=lengths is not None, COUNTED=counted, num_warps=cut.warps,
+        RAGGED=lengths is not None, COUNTED=counted, **cut.launch,
     )  # fmt: skip
     return Ranked(keys, bins, "exponent", split_rows, cut.block)
 
@@ -120,14 +120,14 @@ def choose(
         keys if lengths is None else lengths, 0 if lengths is None else row_stride(lengths),
         capacity, ranked.split_rows,
         CHOOSERS=choosers, KIND=ranked.kind, BLOCK=tuning.CHOOSE.block, UNIT=ranked.unit,
-        COUNTED=counted, RAGGED=lengths is not None, num_warps=tuning.CHOOSE.warps,
+        COUNTED=counted, RAGGED=lengths is not None, **tuning.CHOOSE.launch,
     )  # fmt: skip
     indices = keys.new_empty((batch, choosers, most), dtype=torch.int64)
     found = keys.new_empty((batch, choosers), dtype=torch.int64)
     refine[(rows,)](
         indices, found, list_rows, list_keys, listed, given, stride, wanted, capacity, most,
         CHOOSERS=choosers, BLOCK=tuning.REFINE.block, COUNTED=counted,
-        num_warps=tuning.REFINE.warps,
+        **tuning.REFINE.launch,
     )  # fmt: skip
     return Selection(indices, found)
 
@@ -155,7 +155,7 @@ def visible_in_splits(
         seen, mask, mask_stride(mask), seen if lengths is None else lengths,
         0 if lengths is None else row_stride(lengths), held.capacity, split_rows,
         BLOCK=tuning.CHOOSE.block, UNIT=unit, RAGGED=lengths is not None,
-        num_warps=tuning.CHOOSE.warps,
+        **tuning.CHOOSE.launch,
     )  # fmt: skip
     return seen
 

@@ -60,7 +60,7 @@ def hamming(query_codes: Tensor, codes: Tensor) -> Tensor:
         count_bits[grid](
             out, query_codes, *query_codes.stride()[:3], codes, *codes.stride()[:3],
             asked, q_len, seq, KV_HEADS=kv_heads, GROUP=heads // kv_heads, WORDS=words, WP=padded,
-            QUERIES=tuning.HAMMING_QUERIES, BLOCK=cut.block, num_warps=cut.warps,
+            QUERIES=tuning.HAMMING_QUERIES, BLOCK=cut.block, **cut.launch,
         )  # fmt: skip
     return out
 
@@ -99,17 +99,17 @@ def _sum(
     sum_queries[(group * splits * blocks, batch * kv_heads)](
         stats, *given, counted, seq, splits, split_rows, call.scaling, call.softcap or 1.0,
         **how_many, QUERIES=by_query.queries, ROWS=by_query.rows, **kind,
-        num_warps=by_query.warps, num_stages=by_query.stages,
+        **by_query.launch,
     )  # fmt: skip
     settle_sums[(-(-counted // tuning.SETTLE.block), batch * heads)](
         factors, stats, factors if sink_logits is None else sink_logits, counted, splits,
         HEADS=heads, BLOCK=tuning.SETTLE.block, SINKS=sink_logits is not None,
-        num_warps=tuning.SETTLE.warps,
+        **tuning.SETTLE.launch,
     )  # fmt: skip
     sum_columns[(group * -(-seq // by_row.rows), batch * kv_heads)](
         out, factors, *given, counted, seq, call.scaling, call.softcap or 1.0,
         **how_many, QUERIES=by_row.queries, ROWS=by_row.rows, LARGEST=how == "max", **kind,
-        num_warps=by_row.warps, num_stages=by_row.stages, maxnreg=by_row.registers,
+        **by_row.launch,
     )  # fmt: skip
     return out
 

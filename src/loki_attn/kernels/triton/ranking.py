@@ -62,7 +62,7 @@ def map_queries(
         DIM=dim, RANK=lead.rank, RP=lead.padded_rank,
         KIND=lead.kind, MAPPED=query_map is not None, WORDS=words,
         PRECISION=device.mapping_precision(), STEP=tuning.map_block(lead.padded_rank),
-        num_warps=4, num_stages=1,
+        **tuning.MAP.launch,
     )  # fmt: skip
     return Asked(asked, factors, heads)
 
@@ -133,7 +133,7 @@ class Ranking:
             "KIND": lead.kind, "LINES": lead.lines, "RANK": lead.rank, "RP": lead.padded_rank,
             "BLOCK": cut.block, "PRECISION": device.mapping_precision(),
             "ASM": not device.interpreted(), "CAPPED": self.call.softcap is not None,
-            "num_warps": cut.warps, "num_stages": cut.stages,
+            **cut.launch,
         }  # fmt: skip
 
 

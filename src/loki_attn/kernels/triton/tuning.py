@@ -1,12 +1,12 @@
 """How work is cut into programs: the few numbers that decide speed, and why they are what they are.
 
 There is no autotuner: a table of this size can be read, and a captured graph must never meet a
-search. Every number is a power of two; results never depend on any of them but for the order of
+search. Results never depend on any of these numbers but for the order of
 float sums.
 """
 
 from dataclasses import dataclass
-from typing import Final, final
+from typing import Any, Final, final
 
 from loki_attn.kernels.triton.request import power_of_two
 
@@ -15,6 +15,10 @@ MERGED_SPLITS: Final = 64
 # Splits of one row that is ranked: every program of `compact` reads the bins of all of them, 2 KiB
 # each, so more of them would soon cost more than the lead.
 RANK_SPLITS: Final = 32
+
+
+# A product and a sum become one instruction, whatever the default of a Triton is.
+_FUSED: Final[dict[str, Any]] = {"enable_fp_fusion": True}
 
 
 @final
@@ -31,6 +35,11 @@ class Cut:
     block: int
     warps: int
     stages: int = 1
+
+    @property
+    def launch(self) -> dict[str, Any]:
+        """What a launch is told beside its arguments."""
+        return {"num_warps": self.warps, "num_stages": self.stages, **_FUSED}
 
 
 def score_cut(kind: str, heads: int, row_bytes: int) -> Cut:
@@ -58,6 +67,9 @@ CHOOSE: Final = Cut(block=1024, warps=4)
 # One program refines a whole row's candidates, which all wait for it: many warps.
 REFINE: Final = Cut(block=4096, warps=16)
 APPEND: Final = Cut(block=16, warps=4)
+# A program each for what is small: the query of a chooser, the splits of a head.
+MAP: Final = Cut(block=16, warps=4)
+MERGE: Final = Cut(block=1, warps=4)
 
 
 def map_block(rank: int) -> int:
@@ -109,6 +121,12 @@ class Pane:
     warps: int
     stages: int
     registers: int | None = None
+
+    @property
+    def launch(self) -> dict[str, Any]:
+        """What a launch is told beside its arguments."""
+        own = {"num_warps": self.warps, "num_stages": self.stages, "maxnreg": self.registers}
+        return {**own, **_FUSED}
 
 
 # float32 numbers become three products on tensor cores, whose parts fill the registers of small
