@@ -1,5 +1,7 @@
 """Appending in Triton: the bytes of the plain path of the cache, and no others."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
@@ -95,6 +97,15 @@ def test_rows_that_find_no_room_are_not_written(start):
     request = store.request(*there((key, key, key_map)), place, positioned=False)
     assert kernels.append(request) is True
     store.assert_same_bytes(plain)
+
+
+def test_codes_without_room_for_their_scales_are_refused():
+    """They would have been written over the keys."""
+    key, key_map = whole(1, 2, 5, 8), whole(2, 8, 4, seed=1)
+    store = there(Store.of(1, 2, 32, (8, 8), torch.float32, "int8", 4))
+    request = replace(store.request(*there((key, key, key_map)), 0), lead_scales=None)
+    with pytest.raises(backends.Unserved, match="only codes, by scales: int8, no scales"):
+        kernels.append(request)
 
 
 def test_coordinates_are_as_exact_as_float32_sums():

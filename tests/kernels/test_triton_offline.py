@@ -16,7 +16,9 @@ PROGRAM = Path(__file__).with_name("triton_offline.py")
 # Of a multiprocessor, for one program: the smallest of those served, and the largest.
 SHARED_BYTES = {86: 99 << 10, 90: 227 << 10}
 STEP = {"map_query", "sum_weights", "rank_rows", "compact", "refine", "attend_rows", "merge"}
-RARE = {"count_visible", "mark_recent"}
+RARE = {
+    "count_visible", "mark_recent", "sum_queries", "settle_sums", "sum_columns", "count_bits",
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module", params=SHARED_BYTES, ids="sm_{}".format)

@@ -365,7 +365,13 @@ def test_a_mask_of_other_sizes_or_numbers_is_refused(mask):
         (
             "scales",
             lambda held: held.float(),
-            "scales are float16, side by side; got torch.float32",
+            "scales are float16, got torch.float32",
+        ),
+        ("scales", lambda held: None, "only codes, by scales: int8, no scales"),
+        (
+            "scales",
+            lambda held: held.mT.contiguous().mT,
+            "scales of a head do not lie side by side",
         ),
         ("scales", lambda held: held.to("meta"), "the scale of the lead lies on meta, the rows on"),
     ],

@@ -24,7 +24,7 @@ from loki_attn.tiles import Tiles, tile_dtype, tiles_shape
 from loki_attn.types import AppendRequest, AttentionCall, Lead, Reading
 
 HEADS, DIM, RANK, DTYPE = 32, 128, 32, torch.bfloat16
-RARE = "also-rare"  # ragged rows in pages, masks, recency
+RARE = "also-rare"  # ragged rows in pages, masks, recency, sums over queries
 LARGEST = "few-but-largest"  # two kinds of lead, and rows and ranks of 256 float32
 PAGE_ROWS = 64
 NOT_HERE = 3
@@ -133,6 +133,18 @@ def compile_steps(*, also_rare):
         Layer("int8", 4, 0, pages=40).step_over_pages(512, 33)
         Layer("int8", 4, 2049, batch=2).step(512, masked=True)
         Layer("recency", 4, 2049).step(512)
+        compile_sums(2049)
+
+
+def compile_sums(seq):
+    """What evictions and hashed codes ask for, of storage as a cache keeps it."""
+    room = -(-seq // PAGE_ROWS) * PAGE_ROWS
+    query = torch.zeros(1, HEADS, 64, DIM, dtype=DTYPE)
+    keys = torch.zeros(1, HEADS // 4, room, DIM, dtype=DTYPE)[:, :, :seq]
+    kernels.column_sums(query, keys, None, AttentionCall(scaling=DIM**-0.5), window=32)
+    codes = torch.zeros(1, HEADS, 1, 4, dtype=torch.int32)
+    held = torch.zeros(1, HEADS // 4, room, 4, dtype=torch.int32)[:, :, :seq]
+    kernels.hamming(codes, held)
 
 
 def grow(*, also_rare):
@@ -146,6 +158,7 @@ def grow(*, also_rare):
         Layer("int8", 4, 0, pages=600).step_over_pages(2047, 544)
         Layer("int8", 4, 4096, batch=2).step(2047, masked=True)
         Layer("recency", 4, 4096).step(2047)
+        compile_sums(4096)
 
 
 def compile_largest():

@@ -82,7 +82,9 @@ def _sum(
     by_row = tuning.row_pane(counted, dim, size, plain=plain)
     blocks = -(-counted // by_query.queries)
     busy = device.programs_wanted(keys.device) // 2
-    splits, split_rows = tuning.splits_of(seq, batch * heads * blocks, by_query.rows, busy)
+    splits, split_rows = tuning.splits_of(
+        seq, batch * heads * blocks, by_query.rows, busy, tuning.MERGED_SPLITS
+    )
     stats = query.new_empty((batch * heads, splits, 2, counted), dtype=torch.float32)
     factors = query.new_empty((batch * heads, 2, counted), dtype=torch.float32)
     out = query.new_empty((batch, heads, seq), dtype=torch.float32)

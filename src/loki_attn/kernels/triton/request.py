@@ -8,7 +8,7 @@ from torch import Tensor
 
 from loki_attn.kernels.backends import Unserved
 from loki_attn.kernels.triton import device
-from loki_attn.tiles import TILE_ROWS, Tiles
+from loki_attn.tiles import CODE_KINDS, TILE_ROWS, Tiles
 from loki_attn.types import AttentionCall, GroupReduce, Lead
 
 FLOATS: Final = {torch.float16, torch.bfloat16, torch.float32}
@@ -99,8 +99,8 @@ def check_lead(lead: Lead, device: torch.device) -> None:
         if part is not None and part.device != device:
             raise Unserved(f"the {name} of the lead lies on {part.device}, the rows on {device}")
     scales, query_map = lead.scales, lead.query_map
-    if scales is not None and (scales.dtype != torch.float16 or scales.stride(-1) != 1):
-        raise Unserved(f"scales are float16, side by side; got {scales.dtype}")
+    if scales is not None and scales.dtype != torch.float16:
+        raise Unserved(f"scales are float16, got {scales.dtype}")
     if query_map is not None and (
         query_map.dtype != torch.float32 or not query_map.is_contiguous()
     ):
@@ -185,11 +185,16 @@ def lead_form(lead: Lead) -> LeadForm:
     """Describe a lead.
 
     Raises:
-        Unserved: If its memory is not laid out as kernels read it.
+        Unserved: If its memory is not laid out as kernels read it, or codes come without scales.
     """
-    plane = lead.plane
+    plane, scales = lead.plane, lead.scales
     if isinstance(plane, Tiles):
         data = plane.data
+        if (scales is not None) != (plane.kind in CODE_KINDS):
+            given = "no scales" if scales is None else "scales"
+            raise Unserved(f"it multiplies codes, and only codes, by scales: {plane.kind}, {given}")
+        if scales is not None and scales.stride(-1) != 1 and scales.shape[-1] > 1:
+            raise Unserved("the scales of a head do not lie side by side")
         if data.device.type not in device.device_types():
             raise Unserved(f"its lead plane lies on {data.device.type}")
         if data.numel() and not data[0, 0].is_contiguous():

@@ -1,8 +1,7 @@
 """How work is cut into programs: the few numbers that decide speed, and why they are what they are.
 
 There is no autotuner: a table of this size can be read, and a captured graph must never meet a
-search. Results never depend on any of these numbers but for the order of
-float sums.
+search. Results never depend on any of these numbers but for the order of float sums.
 """
 
 from dataclasses import dataclass
@@ -82,9 +81,7 @@ def attend_cut(row_bytes: int) -> Cut:
     return Cut(64, warps=4, stages=3) if row_bytes <= 256 else Cut(32, warps=8, stages=2)
 
 
-def splits_of(
-    rows: int, choosers: int, block: int, programs: int, most: int = RANK_SPLITS
-) -> tuple[int, int]:
+def splits_of(rows: int, choosers: int, block: int, programs: int, most: int) -> tuple[int, int]:
     """Cut `rows` rows of each of `choosers` into splits of whole blocks.
 
     Args:
